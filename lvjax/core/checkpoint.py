@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays on disk: one safetensors file with a crc32 per array, written atomically.
+
+Owns: saving and loading flat dicts of arrays (weights, run states, training snapshots).
+Does not own: what the arrays mean, or reading other people's checkpoints (checkpoints_convert).
+"""
+
+import json
+import os
+import tempfile
+import zlib
+from pathlib import Path
+
+import jax
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as st_load
+from safetensors.numpy import save as st_save
+
+from lvjax.core.errors import CheckpointError, StorageError
+
+
+def write_atomic(path, data: bytes) -> None:
+    """Write `data` to a temporary file beside `path`, sync it, and rename it into place.
+
+    Raises: StorageError (full disk, no permission) with the path; the old file, if any, stays.
+    """
+    path = Path(path)
+    tmp = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
+            tmp = f.name
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except OSError as e:
+        if tmp and os.path.exists(tmp):
+            os.unlink(tmp)
+        raise StorageError(f"cannot write {path}: {e.strerror or e}; free space or choose another place") from e
+
+
+def checksum(a: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data)
+
+
+def save_arrays(path, arrays: dict[str, np.ndarray], meta: dict | None = None) -> None:
+    """Save a flat dict of arrays and JSON-able `meta` into one file, atomically, with a checksum per array and of the meta."""
+    arrays = {k: np.asarray(v, order="C") for k, v in arrays.items()}
+    text = json.dumps(meta or {}, sort_keys=True)
+    crc = {k: checksum(v) for k, v in arrays.items()}
+    head = {"format": "lvjax-arrays/1", "meta": text, "meta_crc32": str(zlib.crc32(text.encode())), "crc32": json.dumps(crc, sort_keys=True)}
+    write_atomic(path, st_save(arrays, metadata=head))
+
+
+def load_arrays(path) -> tuple[dict[str, np.ndarray], dict]:
+    """Read what `save_arrays` wrote; returns (arrays, meta).
+
+    Raises: CheckpointError naming the file, and the array whose checksum does not match.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no such file: {path}; give the path of a saved lvjax file")
+    try:
+        data = path.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        head = json.loads(data[8 : 8 + size])["__metadata__"]
+        meta_text, crc = head["meta"], json.loads(head["crc32"])
+        arrays = st_load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as e:
+        raise CheckpointError(f"{path} is not a readable lvjax file ({type(e).__name__}); restore it from its source") from e
+    if zlib.crc32(meta_text.encode()) != int(head.get("meta_crc32", -1)):
+        raise CheckpointError(f"{path}: the metadata does not match its checksum; restore the file from its source")
+    if set(crc) != set(arrays):
+        raise CheckpointError(f"{path}: the list of arrays does not match its header; restore the file from its source")
+    for name, a in arrays.items():
+        if checksum(a) != crc[name]:
+            raise CheckpointError(f"{path}: array {name!r} does not match its checksum; restore the file from its source")
+    return arrays, json.loads(meta_text)
+
+
+def tree_arrays(tree) -> dict[str, np.ndarray]:
+    """Any pytree of arrays as {"path/to/leaf": array} on the host."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def restore_tree(like, arrays: dict[str, np.ndarray], source: str = "the file"):
+    """The arrays in the structure of `like` (arrays or ShapeDtypeStructs), on the host.
+
+    Raises: CheckpointError naming the first array that is missing, of another shape or dtype, or left over.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    if left := sorted(set(arrays) - set(names)):
+        raise CheckpointError(f"{source}: array {left[0]!r} belongs to another model or version ({len(left)} such arrays)")
+    for name, (_, leaf) in zip(names, leaves, strict=True):
+        if name not in arrays:
+            raise CheckpointError(f"{source}: array {name!r} is missing; restore the file from its source")
+        a = arrays[name]
+        if a.shape != leaf.shape or a.dtype != leaf.dtype:
+            raise CheckpointError(f"{source}: array {name!r} is {a.dtype}{list(a.shape)}, expected {leaf.dtype}{list(leaf.shape)}")
+    return jax.tree_util.tree_unflatten(structure, [arrays[n] for n in names])

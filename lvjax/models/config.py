@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of the models, as frozen dataclasses that are static under jit, and Wan's own constants.
+
+Sizes and dtypes only: no mesh, no paths, no method knobs.
+"""
+
+from dataclasses import dataclass
+
+WAN_VAE_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+WAN_VAE_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Wan's diffusion transformer.  Defaults are those every released Wan shares.
+
+    condition_channels: channels beside the noise (mask and condition latents), through their own projection; 0 for text-to-video.
+    image_dim: width of CLIP image tokens (1280 for Wan 2.1 I2V), None without the image branch.
+    image_pos_len: rows of the learned position table of FLF2V's image tokens (514), 0 otherwise.
+    dtype: activations; parameters keep their stored dtype.
+    """
+
+    dim: int
+    num_heads: int
+    num_layers: int
+    ffn_dim: int
+    in_channels: int = 16
+    out_channels: int = 16
+    condition_channels: int = 0
+    patch: tuple[int, int, int] = (1, 2, 2)
+    text_dim: int = 4096
+    text_len: int = 512
+    image_dim: int | None = None
+    image_pos_len: int = 0
+    freq_dim: int = 256
+    theta: float = 10000.0
+    eps: float = 1e-6
+    dtype: str = "bfloat16"
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Wan's causal video autoencoder (2.1 topology).
+
+    base: channels of the first stage; dim_mult: channels of each stage over base; a stage but the last halves the picture.
+    temporal_down: for each halving, whether it also halves time.  patch: pixels folded into channels before the first layer.
+    res_blocks: residual blocks per encoder stage (the decoder has one more).  mean, std: per-channel latent statistics.
+    """
+
+    base: int = 96
+    z: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    res_blocks: int = 2
+    temporal_down: tuple[bool, ...] = (False, True, True)
+    patch: int = 1
+    mean: tuple[float, ...] = WAN_VAE_MEAN
+    std: tuple[float, ...] = WAN_VAE_STD
+
+    @property
+    def spatial_stride(self) -> int:
+        return self.patch * 2 ** (len(self.dim_mult) - 1)
+
+    @property
+    def temporal_stride(self) -> int:
+        return 2 ** sum(self.temporal_down)
+
+
+WAN_T2V_1_3B = DiTConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
+WAN_T2V_14B = DiTConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
+WAN_I2V_14B = DiTConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824, condition_channels=20, image_dim=1280)
+WAN_FLF2V_14B = DiTConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824, condition_channels=20, image_dim=1280, image_pos_len=514)
+WAN_2_2_I2V_A14B = DiTConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824, condition_channels=20)
+WAN_2_2_TI2V_5B = DiTConfig(dim=3072, num_heads=24, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48)
+WAN_VAE_2_1 = VAEConfig()

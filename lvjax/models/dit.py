@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wan's diffusion transformer as pure functions: `dit_spec`, `embed_context`, `dit`.
+
+Everything that a long-video method varies enters as an argument: a rotation table, a memory, timesteps per frame or
+token, condition channels.  Nothing here knows a method.
+Source: Wan-Video/Wan2.1: wan/modules/model.py; Wan-Video/Wan2.2 (per-token timesteps); arXiv:2503.20314.
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import struct
+from jax import lax
+
+from lvjax.core.errors import InputError
+from lvjax.core.params import Param, Spec, stack
+from lvjax.core.shapes import expect
+from lvjax.memory.cache import Past
+from lvjax.models.config import DiTConfig
+from lvjax.models.dit_block import block, block_spec, cross_keys_values, modulate, norm_spec
+from lvjax.nn.embed import patchify, sinusoid, unpatchify
+from lvjax.nn.linear import linear, linear_spec
+from lvjax.nn.norm import layer_norm
+from lvjax.nn.rope import grid_table
+
+
+@struct.dataclass
+class Context:
+    """Cross-attention keys and values of every layer, computed once per prompt.
+
+    k, v: [layers, B, M, N, D] of the text; image_k, image_v: the same for image tokens, or None.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    image_k: jax.Array | None = None
+    image_v: jax.Array | None = None
+
+
+def dit_spec(cfg: DiTConfig) -> Spec:
+    """Parameters of the transformer; the blocks are stacked on a leading axis."""
+    d, cells = cfg.dim, cfg.patch[0] * cfg.patch[1] * cfg.patch[2]
+    spec = {
+        "patch_embedding": linear_spec(cfg.in_channels * cells, d, ("channels_in", "embed")),
+        "text_embedding": {
+            "fc1": linear_spec(cfg.text_dim, d, ("channels_in", "embed"), 0.02),
+            "fc2": linear_spec(d, d, ("embed", None), 0.02),
+        },
+        "time_embedding": {
+            "fc1": linear_spec(cfg.freq_dim, d, ("channels_in", "embed"), 0.02),
+            "fc2": linear_spec(d, d, ("embed", None), 0.02),
+        },
+        "time_projection": linear_spec(d, 6 * d, ("embed", "mlp")),
+        "blocks": stack(block_spec(cfg), cfg.num_layers),
+        "head": {
+            "modulation": Param((2, d), (None, "embed"), d**-0.5),
+            "linear": linear_spec(d, cfg.out_channels * cells, ("embed", "channels_out"), "zeros"),
+        },
+    }
+    if cfg.condition_channels:
+        spec["condition_embedding"] = linear_spec(
+            cfg.condition_channels * cells, d, ("channels_in", "embed"), "zeros", bias=False
+        )
+    if cfg.image_dim is not None:
+        spec["image_embedding"] = _image_spec(cfg)
+    return spec
+
+
+def _image_spec(cfg: DiTConfig) -> Spec:
+    n = cfg.image_dim
+    spec = {
+        "norm1": norm_spec(n),
+        "fc1": linear_spec(n, n, ("channels_in", "mlp")),
+        "fc2": linear_spec(n, cfg.dim, ("mlp", "embed")),
+        "norm2": norm_spec(cfg.dim),
+    }
+    if cfg.image_pos_len:
+        spec["pos"] = Param((cfg.image_pos_len, n), (None, "channels_in"), "zeros")
+    return spec
+
+
+def _embed_text(params, text, cfg: DiTConfig):
+    """text [B, M, text_dim] -> [B, text_len, C]; rows are padded with zeros before the MLP, and the padding is attended to."""
+    found = expect(text, "B M C", "text", C=cfg.text_dim)
+    if found["M"] > cfg.text_len:
+        raise InputError(f"text has {found['M']} rows, the model takes {cfg.text_len}; shorten the prompt")
+    text = jnp.pad(text, ((0, 0), (0, cfg.text_len - found["M"]), (0, 0))).astype(cfg.dtype)
+    hidden = jax.nn.gelu(linear(params["fc1"], text, jnp.float32), approximate=True)
+    return linear(params["fc2"], hidden.astype(text.dtype))
+
+
+def _embed_image(params, image, cfg: DiTConfig):
+    """image [B, M, image_dim], CLIP tokens (first and last image concatenated along M for FLF2V) -> [B, M, C]."""
+    expect(image, "B M C", "image", C=cfg.image_dim, **({"M": cfg.image_pos_len} if cfg.image_pos_len else {}))
+    image = image.astype(jnp.float32)
+    if "pos" in params:
+        image = image + params["pos"].astype(jnp.float32)[None]
+    h = layer_norm(image, 1e-5, params["norm1"]).astype(cfg.dtype)
+    h = jax.nn.gelu(linear(params["fc1"], h, jnp.float32), approximate=False).astype(cfg.dtype)
+    return layer_norm(linear(params["fc2"], h), 1e-5, params["norm2"])
+
+
+def embed_context(params, text, cfg: DiTConfig, image=None) -> Context:
+    """Everything cross-attention needs of a prompt; it depends on neither latents nor timestep, so compute it once.
+
+    text: [B, M, text_dim], M <= cfg.text_len, only the rows of real tokens (or exact zeros behind them).
+    image: CLIP tokens [B, M, image_dim] for models with an image branch; B, M and dtype as in `_embed_image`.
+    Raises: InputError for wrong shapes, or when an image is missing or not wanted.
+    """
+    if (image is None) != (cfg.image_dim is None):
+        raise InputError("this model needs image tokens" if image is None else "this model has no image branch; pass image=None")
+    cross = params["blocks"]["cross_attn"]
+
+    def project(tokens, suffix):
+        return lax.map(lambda p: cross_keys_values(p, tokens, cfg, suffix), cross)
+
+    k, v = project(_embed_text(params["text_embedding"], text, cfg), "")
+    if image is None:
+        return Context(k, v)
+    return Context(k, v, *project(_embed_image(params["image_embedding"], image, cfg), "_img"))
+
+
+def _embed_time(params, timestep, cfg: DiTConfig):
+    """timestep float32 [B, U] -> e [B, U, C] for the head, e0 [B, U, 6, C] for the blocks, all float32."""
+    features = sinusoid(timestep.astype(jnp.float32), cfg.freq_dim)
+    e = linear(params["time_embedding"]["fc2"], jax.nn.silu(linear(params["time_embedding"]["fc1"], features)))
+    return e, rearrange(linear(params["time_projection"], jax.nn.silu(e)), "b u (s c) -> b u s c", s=6)
+
+
+def _embed_latents(params, latents, condition, cfg: DiTConfig):
+    """Tokens [B, L, C] float32, rounded to cfg.dtype once; Wan's 36-channel convolution is the sum of two projections."""
+    dtype = jnp.dtype(cfg.dtype)
+    x = linear(params["patch_embedding"], patchify(latents, cfg.patch).astype(dtype), jnp.float32)
+    if condition is not None:
+        x = x + linear(params["condition_embedding"], patchify(condition, cfg.patch).astype(dtype), jnp.float32)
+    return x.astype(dtype).astype(jnp.float32)
+
+
+def _layers(params, x, e0, context, rotation, past, span, cfg: DiTConfig, remat: bool):
+    """Run layers span = (first, last) under `lax.scan`; past is carried, never scanned over, so its slots change in place.
+
+    A partial span indexes the stacked weights inside the loop: slicing them outside would copy them.
+    """
+    first, last = span
+    whole = span == (0, cfg.num_layers)
+    stacked = (params, context)
+
+    def body(carry, xs):
+        x, past = carry
+        i, layer = xs
+        p, ctx = layer if whole else jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, first + i, keepdims=False), stacked)
+        x, past, keys = block(p, x, e0, ctx, rotation, None if past is None else (past, i), cfg)
+        return (x, past), None if past is None else keys
+
+    if remat:
+        policy = jax.checkpoint_policies.save_only_these_names("attention")
+        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+    index = jnp.arange(last - first, dtype=jnp.int32)
+    (x, past), keys = lax.scan(body, (x, past), (index, stacked if whole else None))
+    return x, past, keys
+
+
+def _blocks(params, x, e0, context, rotation, past, cfg: DiTConfig, remat: bool):
+    """All layers: those before the memory, those with it, those after it."""
+    first, last = (0, 0) if past is None else past.layers
+    keys = None
+    for span, memory in (((0, first), None), ((first, last), past), ((last, cfg.num_layers), None)):
+        if span[0] == span[1]:
+            continue
+        x, memory, found = _layers(params, x, e0, context, rotation, memory, span, cfg, remat)
+        past, keys = (past, keys) if memory is None else (memory, found)
+    return x, past, keys
+
+
+def _check(latents, timestep, condition, past, cfg: DiTConfig):
+    """Sizes by letter, and the token grid (t, h, w)."""
+    size = expect(latents, "B T H W C", "latents", C=cfg.in_channels)
+    for axis, n in zip("THW", cfg.patch, strict=True):
+        if size[axis] % n:
+            raise InputError(f"latents {latents.shape}: axis {axis} must be a multiple of the patch {n}")
+    grid = tuple(size[axis] // n for axis, n in zip("THW", cfg.patch, strict=True))
+    tokens = grid[0] * grid[1] * grid[2]
+    if timestep.ndim != 2 or timestep.shape[0] != size["B"] or tokens % timestep.shape[1]:
+        raise InputError(f"timestep has shape {timestep.shape}; expected [B={size['B']}] or [B, U] with U a divisor of {tokens} tokens")
+    if condition is not None:
+        if not cfg.condition_channels:
+            raise InputError("this model takes no condition channels; pass condition=None")
+        expect(condition, "B T H W C", "condition", C=cfg.condition_channels, **{a: size[a] for a in "BTHW"})
+    if past is not None and past.k.shape[2] < tokens:
+        raise InputError(f"memory of {past.k.shape[2]} token slots cannot hold a clip of {tokens} tokens")
+    return grid
+
+
+def dit(params, latents, timestep, context: Context, cfg: DiTConfig, *, condition=None, rotation=None, past: Past | None = None, remat: bool = False):
+    """Velocity (noise minus data) of noisy latents.
+
+    latents: [B, T, H, W, C].  timestep: float32 [B] or [B, U] in 0..1000, one value per L/U consecutive tokens (U = 1, T or L).
+    condition: [B, T, H, W, Cc], mask and condition latents; None adds nothing.
+    rotation: (cos, sin) [L, 1|N, D/2] for the clip's own queries and keys; default: frames 0..T-1.
+    past: memory opened for this clip; its layers write the clip's keys and values at past.start and attend to all visible slots.
+    remat: recompute the blocks in the backward pass, attention outputs excepted.
+    Returns: velocity float32 [B, T, H, W, Cout]; past after the write, or None; the clip's own keys [Lm, B, L, N, D],
+    normalised and un-rotated, or None.
+    Raises: InputError for wrong shapes.
+    """
+    timestep = timestep[:, None] if timestep.ndim == 1 else timestep
+    grid = _check(latents, timestep, condition, past, cfg)
+    if rotation is None:
+        rotation = grid_table(jnp.arange(grid[0], dtype=jnp.int32), grid[1], grid[2], cfg.head_dim, cfg.theta)
+    e, e0 = _embed_time(params, timestep, cfg)
+    x = _embed_latents(params, latents, condition, cfg)
+    x, past, keys = _blocks(params["blocks"], x, e0, context, rotation, past, cfg, remat)
+    m = params["head"]["modulation"].astype(jnp.float32)[None, None] + e[:, :, None]
+    x = modulate(layer_norm(x, cfg.eps), m[:, :, 0], m[:, :, 1])
+    return unpatchify(linear(params["head"]["linear"], x), grid, cfg.patch), past, keys

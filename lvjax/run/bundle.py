@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bundle: everything that a model is, in one frozen value, loaded from the package or from a folder.
+
+A folder holds `model.json` (sizes, defaults, vocabulary name) and one safetensors file each for "dit", "vae" and "text".
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lvjax.core.checkpoint import load_arrays, save_arrays, write_atomic
+from lvjax.core.errors import CheckpointError
+from lvjax.core.params import abstract, flatten, unflatten
+from lvjax.models.config import DiTConfig, VAEConfig
+from lvjax.models.dit import dit_spec
+from lvjax.models.pocket_text import PocketTextConfig, text_spec
+from lvjax.models.vae import vae_spec
+
+PARTS = ("dit", "vae", "text")
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What `generate` uses when nothing else is said.
+
+    size: (height, width) in pixels.  clip_latents: latent frames per clip.  overlap: latent frames shared by neighbours.
+    steps, shift, solver, guidance, window: the sampler.  upscale: whole-number enlargement of what is shown.
+    positions, fill, capacity: see `methods.error_free`.
+    """
+
+    fps: int = 8
+    size: tuple[int, int] = (64, 64)
+    clip_latents: int = 5
+    overlap: int = 2
+    steps: int = 16
+    shift: float = 3.0
+    solver: str = "unipc"
+    guidance: float = 2.5
+    window: tuple[float, float] = (0.3, 0.7)
+    positions: str = "relative"
+    fill: str = "latent"
+    capacity: int = 6
+    layers: tuple[int, int] | None = None
+    upscale: int = 6
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded model.  params: {"dit", "vae", "text"} trees.  hashes: sha256 of each weight file."""
+
+    name: str
+    dit: DiTConfig
+    vae: VAEConfig
+    text: PocketTextConfig
+    defaults: Defaults
+    params: dict[str, Any] = field(repr=False)
+    hashes: dict[str, str] = field(default_factory=dict)
+
+
+def specs(dit: DiTConfig, vae: VAEConfig, text: PocketTextConfig) -> dict:
+    """The parameter specs of a bundle's parts."""
+    return {"dit": dit_spec(dit), "vae": vae_spec(vae), "text": text_spec(text)}
+
+
+def _config(cls, values: dict, path):
+    names = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - names):
+        raise CheckpointError(f"{path}: {cls.__name__} has no field {unknown[0]!r}; the model needs another version of lvjax")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def load(name: str | Path = "pocket") -> Bundle:
+    """"pocket", the model inside the package, or a folder that `save` wrote.
+
+    Stored half-precision weights become float32.
+    Raises: CheckpointError when a file is missing, damaged, or does not match the model's spec.
+    """
+    folder = Path(str(resources.files("lvjax") / "assets" / "pocket")) if str(name) == "pocket" else Path(name)
+    try:
+        head = json.loads((folder / "model.json").read_text())
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"no model in {folder} ({type(e).__name__}); give 'pocket' or a folder with model.json") from e
+    kinds = {"dit": DiTConfig, "vae": VAEConfig, "text": PocketTextConfig, "defaults": Defaults}
+    configs = {k: _config(cls, head[k], folder / "model.json") for k, cls in kinds.items()}
+    spec = specs(configs["dit"], configs["vae"], configs["text"])
+    params, hashes = {}, {}
+    for part in PARTS:
+        path = folder / f"{part}.safetensors"
+        arrays, _ = load_arrays(path)
+        params[part] = unflatten(_match(arrays, flatten(abstract(spec[part])), path))
+        hashes[part] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Bundle(head["name"], **configs, params=params, hashes=hashes)
+
+
+def _match(arrays: dict[str, np.ndarray], wanted: dict, path) -> dict:
+    """Raises: CheckpointError listing what is missing, left over, of another shape, or not finite."""
+    wrong = [f"{k} is missing" for k in sorted(set(wanted) - set(arrays))]
+    wrong += [f"{k} is not of this model" for k in sorted(set(arrays) - set(wanted))]
+    shared = [k for k in wanted if k in arrays]
+    wrong += [f"{k} has shape {arrays[k].shape}, expected {wanted[k].shape}" for k in shared if arrays[k].shape != wanted[k].shape]
+    wrong += [f"{k} is not finite" for k in shared if not np.isfinite(arrays[k].astype(np.float32)).all()]
+    if wrong:
+        raise CheckpointError(f"{path}: {'; '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}")
+    return {k: jnp.asarray(arrays[k].astype(np.float32)) for k in wanted}
+
+
+def save(folder, bundle: Bundle, dtype: str = "float16") -> None:
+    """Write a bundle as a folder that `load` reads; weights in `dtype`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in PARTS:
+        flat = {k: np.asarray(jax.device_get(v)).astype(dtype) for k, v in flatten(bundle.params[part]).items()}
+        save_arrays(folder / f"{part}.safetensors", flat)
+    head = {"name": bundle.name} | {k: dataclasses.asdict(getattr(bundle, k)) for k in ("dit", "vae", "text", "defaults")}
+    write_atomic(folder / "model.json", (json.dumps(head, indent=1) + "\n").encode())

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flow-matching loss of a clip-by-clip video-extension model, with or without the memory of earlier clips.
+
+Source: "Towards Error-Free Long Video Generation", arXiv:2606.22370, stages 1 and 2 (multi-task conditioning; keys and
+values of clean earlier clips under stop-gradient in the latter blocks).
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from lvjax.memory.cache import commit, init_cache, open_past
+from lvjax.models.config import DiTConfig
+from lvjax.models.dit import dit, embed_context
+from lvjax.models.pocket_text import PocketTextConfig, encode_text
+from lvjax.nn.rope import grid_table
+
+
+@dataclass(frozen=True)
+class ExtensionTask:
+    """given: probability of 0, 1, 2, ... given latent frames.  condition_noise: largest noise on the given latents.
+
+    drop_text: probability of the null prompt.  shift: of the uniform noise level, s·u / (1 + (s - 1)·u).
+    memory_layers: the DiT layers that see earlier clips.  stride: new latent frames per clip.
+    """
+
+    given: tuple[float, ...] = (0.15, 0.4, 0.45)
+    condition_noise: float = 0.1
+    drop_text: float = 0.1
+    shift: float = 2.0
+    memory_layers: tuple[int, int] | None = None
+    stride: int = 3
+
+
+def condition_of(latents, given, noise=None):
+    """Mask (4 channels, 1 = given) and condition latents of clips whose first `given` int32 [B] latent frames are known.
+
+    latents [B, T, H, W, C] -> [B, T, H, W, 4 + C]; unknown frames are zeros; noise, if any, is added to the known ones.
+    """
+    known = jnp.arange(latents.shape[1], dtype=jnp.int32)[None, :] < given[:, None]
+    known = known[:, :, None, None, None]
+    mask = jnp.broadcast_to(known, (*latents.shape[:-1], 4)).astype(latents.dtype)
+    return jnp.concatenate([mask, jnp.where(known, latents if noise is None else latents + noise, 0.0)], axis=-1)
+
+
+def remember(params, history, context, frames, cfg: DiTConfig, task: ExtensionTask):
+    """Keys and values of clean earlier clips, written one clip at a time as a rollout would.
+
+    history [B, K, T, H, W, C] clean latents; context: one Context for all of them [B rows]; frames int32 [K, T].
+    Returns a cache with K + 1 clip slots, the last one empty.
+    """
+    b, k, t, h, w, _ = history.shape
+    cache = init_cache(cfg, b, (k + 1) * t, (h // cfg.patch[1], w // cfg.patch[2]), task.memory_layers, "float32")
+    table = _table(cfg, cache.grid)
+    for i in range(k):
+        own = jnp.arange((k + 1) * t, dtype=jnp.int32) // t == i
+        past = open_past(cache, table, i * t, own)
+        known = condition_of(history[:, i], jnp.full((b,), 2 if i else 1, jnp.int32))
+        ctx = jax.tree.map(lambda c, i=i: c[i], context)
+        _, past, keys = dit(params, history[:, i], jnp.zeros((b,)), ctx, cfg, condition=known, rotation=table(frames[i]), past=past)
+        cache = commit(cache, past, keys, i * t, frames[i])
+    return jax.lax.stop_gradient(cache)
+
+
+def _table(cfg: DiTConfig, grid):
+    return lambda frames: grid_table(frames, grid[0], grid[1], cfg.head_dim, cfg.theta)
+
+
+def extension_loss(cfg: DiTConfig, text_cfg: PocketTextConfig, task: ExtensionTask):
+    """loss(params, batch, key) -> (mean squared velocity error over frames that are not given, {}).
+
+    params: {"dit", "text"}.  batch: latents [B, T, H, W, C], ids int32 [B, M]; for the memory also history [B, K, T, H, W, C],
+    history_ids [B, K, M] and history_gap int32 [1, K], how many latent frames before this clip each earlier one began.
+    """
+
+    def loss(params, batch, key):
+        z = batch["latents"].astype(jnp.float32)
+        b, t = z.shape[:2]
+        keys = jax.random.split(key, 7)
+        given = jax.random.choice(keys[0], len(task.given), (b,), p=jnp.array(task.given)).astype(jnp.int32)
+        ids = jnp.where(jax.random.uniform(keys[1], (b, 1)) < task.drop_text, 0, batch["ids"])
+        context = embed_context(params["dit"], encode_text(params["text"], ids, text_cfg), cfg)
+        u = jax.random.uniform(keys[2], (b,))
+        sigma = task.shift * u / (1 + (task.shift - 1) * u)
+        noise = jax.random.normal(keys[3], z.shape)
+        level = task.condition_noise * jax.random.uniform(keys[4], (b, 1, 1, 1, 1))
+        condition = condition_of(z, given, level * jax.random.normal(keys[5], z.shape))
+        s = sigma[:, None, None, None, None]
+        past = rotation = None
+        if task.memory_layers is not None:
+            past, rotation = _open_memory(params, batch, z, keys[6])
+        v, _, _ = dit(params["dit"], (1 - s) * z + s * noise, 1000 * sigma, context, cfg, condition=condition, rotation=rotation, past=past)
+        weight = (jnp.arange(t, dtype=jnp.int32)[None, :] >= given[:, None]).astype(jnp.float32)[:, :, None, None, None]
+        error = jnp.square(v - (noise - z)) * weight
+        return error.sum() / (weight.sum() * z[0, 0].size), {}
+
+    def _open_memory(params, batch, z, key):
+        k, t = batch["history"].shape[1], z.shape[1]
+        frames = -batch["history_gap"][0][:, None] + jnp.arange(t, dtype=jnp.int32)[None, :]
+        text = encode_text(params["text"], batch["history_ids"].reshape(-1, text_cfg.length), text_cfg)
+        text = text.reshape(len(z), k, *text.shape[1:])
+        contexts = jax.vmap(lambda x: embed_context(params["dit"], x, cfg), in_axes=1)(text)
+        fixed = jax.lax.stop_gradient((params["dit"], contexts))
+        cache = remember(fixed[0], batch["history"].astype(jnp.float32), fixed[1], frames, cfg, task)
+        seen = jnp.append(jax.random.uniform(key, (k,)) < 0.75, True)
+        past = open_past(cache, _table(cfg, cache.grid), k * t, jnp.repeat(seen, t))
+        return past, _table(cfg, cache.grid)(jnp.arange(t, dtype=jnp.int32))
+
+    return loss

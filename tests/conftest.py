@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suite runs on the CPU with 8 simulated devices, strict dtype promotion and no silent rank promotion."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import jax  # noqa: E402
+
+from lvjax.core.compat import enable_compilation_cache  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+enable_compilation_cache()
