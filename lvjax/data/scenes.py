@@ -17,7 +17,7 @@ PHOTOS = {
 }  # fmt: skip
 HELD_OUT_PHOTOS = {"mountains": "landscape", "pagoda": "landscape", "dandelion": "plants", "coffee": "room", "cat": "animal"}
 TEXTURES = ("clouds", "marble", "cells", "waves")
-SOFTNESS = 0.8  # blur of photographs in pixels: a 64-pixel view is a close-up, as out of a camera, not a thumbnail
+SOFTNESS = 1.3  # blur of photographs in pixels: a 64-pixel view is a close-up, as out of a camera, not a thumbnail
 SATURATION = 0.5  # backgrounds are muted, so that an object's colour is unambiguous
 
 
@@ -31,9 +31,9 @@ def photo(name: str) -> np.ndarray:
 
 
 def mute(image: np.ndarray, saturation: float = SATURATION) -> np.ndarray:
-    """Scale the colour of float RGB [..., 3] in [0, 1] towards its own grey, and its range into [.06, .94]."""
+    """Scale the colour of float RGB [..., 3] in [0, 1] towards its own grey, and its range into [.1, .9]."""
     grey = image @ np.array([0.299, 0.587, 0.114], image.dtype)
-    return (0.06 + 0.88 * (grey[..., None] + saturation * (image - grey[..., None]))).astype(np.float32)
+    return (0.1 + 0.8 * (grey[..., None] + saturation * (image - grey[..., None]))).astype(np.float32)
 
 
 def photo_canvas(name: str, rng: np.random.Generator) -> np.ndarray:

@@ -49,7 +49,7 @@ class Stage:
 class Recipe:
     """Everything that `train` needs; the defaults made the weights in the package."""
 
-    dit: DiTConfig = DiTConfig(256, 2, 6, 512, condition_channels=20, patch=(1, 1, 1), text_dim=128, text_len=16, dtype="float32")
+    dit: DiTConfig = DiTConfig(256, 2, 4, 512, condition_channels=20, patch=(1, 1, 1), text_dim=128, text_len=16, dtype="float32")
     vae: VAEConfig = VAEConfig(32, 16, (1, 2, 2), 1, (True, True), 2, (0.0,) * 16, (1.0,) * 16)
     text: PocketTextConfig = PocketTextConfig(len(VOCABULARY) + 1)
     task: ExtensionTask = ExtensionTask()
@@ -65,8 +65,9 @@ class Recipe:
         Stage("vae_decoder", 2, CLIP_FRAMES, TrainOptions(3000, 1e-3, 80, 0.2, ema=0.998), ("decoder", "post_quant")),
     )
     extension: tuple[Stage, ...] = (
-        Stage("dit", 16, 5, TrainOptions(6000, 1.5e-3, 150, 0.6, weight_decay=0.01)),
-        Stage("dit_memory", 16, 5, TrainOptions(1200, 5e-4, 50, 0.2, weight_decay=0.01), memory=1),
+        Stage("dit_short", 8, 3, TrainOptions(1500, 1.2e-3, 150, 1.0, weight_decay=0.01)),
+        Stage("dit", 8, 5, TrainOptions(12000, 1.2e-3, 100, 0.6, weight_decay=0.01)),
+        Stage("dit_memory", 8, 5, TrainOptions(2000, 5e-4, 50, 0.2, weight_decay=0.01), memory=1),
     )
     seed: int = 0
 

@@ -64,14 +64,14 @@ class Clip:
 
 
 class ClipModel(NamedTuple):
-    """The functions of a model.  Those with weights are `jax.tree_util.Partial`s, so that this is a
-    pytree of weights.
+    """The functions of a model; those with weights are `jax.tree_util.Partial`s, so that the whole
+    is a pytree of weights.
 
-    denoise(x [Bm,T,h,w,z], timestep float32 [Bm], context, condition [Bm,T,h,w,4+z], rotation,
-    past)
-      -> (velocity float32, past, keys).
-    rotation(frames int32 [F], grid (h, w) of tokens) -> (cos, sin) [F*h*w, 1|N, D/2]. encode(frames
-    [B,1+4m,H,W,3]) -> latents [B,1+m,h,w,z].  decode(latents [B,T,h,w,z]) -> frames in [-1,1].
+    denoise: (x [Bm,T,h,w,z], timestep float32 [Bm], context, condition [Bm,T,h,w,4+z], rotation,
+    past) -> (velocity float32, past, keys).
+    rotation: (frames int32 [F], grid (h, w) in tokens) -> (cos, sin) [F*h*w, 1|N, D/2].
+    encode: frames [B,1+4m,H,W,3] -> latents [B,1+m,h,w,z].
+    decode: latents [B,T,h,w,z] -> frames [B,1+4(T-1),H,W,3] in [-1,1].
     """
 
     denoise: Callable

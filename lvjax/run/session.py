@@ -4,6 +4,7 @@
 This is what `lvjax.generate`, `lvjax.stream` and the command line share.  It computes; files are elsewhere.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,6 +86,11 @@ class Session:
             shown += frames.shape[1]
             yield ClipResult(i, latents, np.asarray(to_uint8(frames)), new)
 
+    def with_key(self, key) -> "Session":
+        """The same run with the noise of a typed key instead of the request's seed."""
+        data = jax.random.key_data(row_keys(key, self.state.condition.shape[0]))
+        return dataclasses.replace(self, state=self.state.replace(key=jnp.array(data)))
+
     def frames_before(self, clip: int) -> int:
         """Pixel frames shown before clip number `clip`."""
         whole = self.overlap_frames + self._new_per_clip - self.skip_first
@@ -93,6 +99,11 @@ class Session:
     @property
     def _new_per_clip(self) -> int:
         return pixel_frames(self.state.condition.shape[1]) - self.overlap_frames
+
+
+def row_keys(key, batch: int):
+    """One typed key per row of a batch [B]; row b does not depend on the batch."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
 
 
 @jax.jit
@@ -178,7 +189,7 @@ def open_session(bundle: Bundle, request: Request) -> Session:
     size = (batch, d.clip_latents, height // stride, width // stride, bundle.vae.z)
     method = METHODS[request.method](bundle.params, bundle.dit, bundle.vae, settings)
     given, source = _start(bundle, request, (height, width), batch)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(request.seed), jnp.arange(batch))
+    keys = row_keys(jax.random.key(request.seed), batch)
     condition = first_condition(_encoder(bundle), source, size, fill=d.fill if source is not None else "latent", overlap=d.overlap)
     state = method.init(condition, keys)
     skip, shared = max(given - 1, 0), pixel_frames(d.overlap)

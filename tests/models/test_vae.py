@@ -41,9 +41,13 @@ def close(a, b):
 @pytest.fixture(scope="module")
 def params():
     """Every leaf at random, so that no bias or gain hides behind its neutral value."""
-    drawn = P.init(vae.vae_spec(CFG), jax.random.key(0))
-    key = jax.random.key(1)
-    return jax.tree.map(lambda a: a + 0.1 * jax.random.normal(key, a.shape), drawn)
+    rng = np.random.default_rng(0)
+
+    def draw(p):
+        scale = 0.1 if len(p.shape) == 1 else np.prod(p.shape[:-1]) ** -0.5
+        return jnp.asarray((p.init == "ones") + scale * rng.normal(size=p.shape), jnp.float32)
+
+    return P.map_spec(draw, vae.vae_spec(CFG))
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +81,13 @@ def test_decode_is_the_stream_bit_for_bit(params, latents):
     np.testing.assert_array_equal(whole, stream(params, latents, (1, 1, 1)))
 
 
-@pytest.mark.parametrize("pieces", [(2, 1), (1, 2), (3,)])
-def test_decode_in_larger_pieces(params, latents, pieces):
-    assert close(stream(params, latents, pieces), decode(params, latents))
-
-
-@pytest.mark.parametrize("piece", [2, 7, "all"])
+@pytest.mark.parametrize("piece", [2, "all"])
 def test_piece_changes_only_rounding(params, latents, piece):
     assert close(decode(params, latents, piece=piece), decode(params, latents))
+
+
+def test_a_stream_may_take_several_latents_at_once(params, latents):
+    assert close(stream(params, latents, (1, 2)), decode(params, latents))
 
 
 def test_encode_is_the_stream_bit_for_bit(params, video):
@@ -110,22 +113,17 @@ def test_later_frames_change_nothing_before_them(params, latents, video):
     assert np.all(np.abs(after[:, 2:] - before[:, 2:]).max(axis=(0, 2, 3, 4)) > 0)
 
 
-def test_a_prefix_decodes_to_a_prefix(params, latents):
-    assert close(decode(params, latents[:, :2]), decode(params, latents)[:, :5])
-    assert close(decode(params, latents[:, :1]), decode(params, latents)[:, :1])
-
-
-def test_clamp(params, latents):
-    wide = params | {"post_quant": jax.tree.map(lambda a: 9 * a, params["post_quant"])}
-    assert np.abs(vae.decode(wide, latents[:, :1], CFG, clamp=False)).max() > 1
-    assert np.abs(vae.decode(wide, latents[:, :1], CFG)).max() == 1
+def test_a_prefix_decodes_to_a_prefix_clamped(params, latents):
+    prefix = jax.jit(partial(vae.decode, cfg=CFG))(params, 2 * latents[:, :2])
+    assert np.abs(prefix).max() == 1
+    assert close(prefix, jnp.clip(decode(params, 2 * latents)[:, :5], -1, 1))
 
 
 def test_gradient_reaches_every_parameter(params, video):
     def loss(params):
-        mean, logvar = vae.encode_moments(params, video, CFG)
+        mean, logvar = vae.encode_moments(params, video[:, :5], CFG)
         z = vae.normalise(mean, CFG)
-        error = vae.decode(params, z, CFG, piece="all", clamp=False) - video
+        error = vae.decode(params, z, CFG, piece="all", clamp=False) - video[:, :5]
         return jnp.mean(jnp.abs(error)) + jnp.mean(logvar**2)
 
     grads = P.flatten(jax.jit(jax.grad(loss))(params))
@@ -145,8 +143,8 @@ def test_normalise_and_fold_have_inverses(latents, video):
 
 
 def test_bfloat16_parameters_decode_in_bfloat16(params, latents):
-    exact = decode(params, latents[:, :1])
-    y = decode(jax.tree.map(lambda a: a.astype(jnp.bfloat16), params), latents[:, :1])
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    (_, exact), (_, y) = decode_start(params, latents[:, 0]), decode_start(half, latents[:, 0])
     assert y.dtype == jnp.float32
     assert 1e-4 < np.linalg.norm(y - exact) / np.linalg.norm(exact) < 5e-2
 
@@ -163,7 +161,7 @@ def test_other_topologies(mult, down):
 
 def test_one_tile_is_no_tiling(params, latents):
     tiled = vae.decode_tiled(params, latents[:, :1], CFG, tile=3, overlap=0)
-    np.testing.assert_allclose(tiled, vae.decode(params, latents[:, :1], CFG), atol=1e-6)
+    assert close(tiled, jnp.clip(decode_start(params, latents[:, 0])[1], -1, 1))
 
 
 def test_errors(params, video, latents):

@@ -151,6 +151,7 @@ def test_scan_equals_stream_and_a_saved_state_resumes_bit_for_bit(codec):
     assert latents.shape == (3, 2, *SIZE) and frames.shape == (3, 2, 9, SIDE, SIDE, 3)
     assert np.all(np.isfinite(latents)) and np.abs(frames).max() <= 1
     assert relative(latents[1], latents[0]) > 0.05 and frames.std() > 0.05
+    np.testing.assert_array_equal(latents[0][:, :1], inputs()[0][:, :1, ..., 4:])  # the given image
     saved, _ = live(start(built), clips[:1], built)
     resumed, rest = live(jax.tree.map(jnp.array, saved), clips[1:], built)
     same(resumed, streamed)
@@ -338,6 +339,24 @@ def test_conditions():
         condition(code, jnp.zeros((1, 13, SIDE, SIDE, 3)), size)
     with pytest.raises(InputError, match="fill"):
         condition(code, None, size, fill="pixel")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"guidance": None}, {"window": None, "solver": "dpm++"}, {"fill": "pixel", "axis": "index"}],
+)
+def test_other_settings_keep_the_shapes(change):
+    """Traced only: the state's types never change, whatever is set; without guidance nothing is
+    doubled."""
+    built = METHODS["error_free"](weights(), DIT, VAE, replace(SETTINGS, **change))
+    first, keys, clips = inputs()
+    state, clip = built.init(first, keys), clips[0]
+    batch = 2 if change.get("guidance", 2) is None else 4
+    assert state.cache.k.shape[1] == batch
+    clip = clip.replace(context=jax.tree.map(lambda a: a[:, :batch], clip.context))
+    after, (latents, frames) = jax.eval_shape(built.step, state, clip)
+    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, after)
+    assert latents.shape == (2, *SIZE) and frames.shape == (2, 9, SIDE, SIDE, 3)
 
 
 def test_bad_settings_are_refused():

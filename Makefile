@@ -1,0 +1,44 @@
+# Everything here works on a bare clone with only Python >= 3.11 and make.
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH ?= torch==2.13.0
+DEMO_PROMPTS := --prompt "the camera pans left over a landscape" \
+	--prompt "the camera is still over a landscape, a red circle moves right" \
+	--prompt "the camera pans up over a landscape" \
+	--prompt "the camera zooms out over a landscape, a blue square moves down"
+
+.PHONY: demo test test-long gpu gpu-train train-pocket clean
+
+$(BIN)/.core: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	touch $@
+
+# torch first, from its own pinned line: a range would fetch the newest build, with several GB of CUDA
+$(BIN)/.test: $(BIN)/.core
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[test]"
+	touch $@
+
+demo: $(BIN)/.core
+	$(BIN)/lvjax generate --image lvjax/assets/photos/mountains.jpg $(DEMO_PROMPTS) --seconds 60 --seed 1 --out demo.mp4
+
+test: $(BIN)/.test
+	$(BIN)/python -m pytest -q tests
+
+test-long: $(BIN)/.test
+	$(BIN)/python -m pytest -q tests -m long
+
+# Kernel correctness and benchmarks on the accelerator at hand; from the source tree, nothing is installed.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m lvjax.bench.gpu --minutes 9 --out $${OUT:-build/gpu}
+
+# Pocket training from the newest snapshot, at most nine minutes; state in at most four files of at most 16 MB.
+gpu-train:
+	PYTHONPATH=. $(PYTHON) -m lvjax.lab.pocket --minutes 9 --state $${STATE:-build/gpu-train} --out $${OUT:-build/gpu-train}
+
+train-pocket: $(BIN)/.core
+	$(BIN)/lvjax train --config configs/pocket.py --folder runs/pocket
+
+clean:
+	rm -rf build dist .pytest_cache

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs: a Python file with get_config() -> ConfigDict, found by path or by name, changed by --set, turned into dataclasses."""
+
+import ast
+import dataclasses
+import difflib
+import runpy
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from lvjax.core.errors import InputError
+
+
+def find(name: str) -> Path:
+    """A config file: a path, or the name of one that comes with lvjax ("pocket" or "configs/pocket.py").
+
+    Raises: InputError listing the names that exist.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    homes = (Path(str(resources.files("lvjax") / "configs")), Path(__file__).resolve().parents[2] / "configs")
+    for home in homes:
+        if (found := home / f"{Path(name).stem}.py").is_file():
+            return found
+    known = sorted({p.stem for home in homes if home.is_dir() for p in home.glob("*.py")})
+    raise InputError(f"no config {name!r}; give a file or one of {known}")
+
+
+def load(name: str, changes: list[str] = ()):
+    """The ConfigDict of a config with `changes` ("a.b=value") applied.
+
+    Raises: InputError for a file without get_config, an unknown key (with the nearest), or a value that is not Python.
+    """
+    path = find(name)
+    get_config = runpy.run_path(str(path)).get("get_config")
+    if get_config is None:
+        raise InputError(f"{path} has no get_config(); a config is a Python file that defines it")
+    config = get_config()
+    for change in changes:
+        key, eq, text = change.partition("=")
+        if not eq:
+            raise InputError(f"--set {change!r}; write key=value, for example --set seed=3")
+        _assign(config, key, _value(text))
+    return config
+
+
+def _value(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _assign(config, key: str, value) -> None:
+    *parents, last = key.split(".")
+    for name in (*parents, last):
+        if name not in config:
+            near = difflib.get_close_matches(name, list(config), n=1, cutoff=0.0)
+            raise InputError(f"--set {key}: unknown key {name!r}; did you mean {near[0]!r}?" if near else f"--set {key}: {name!r} has no keys")
+        if name is not last:
+            config = config[name]
+    try:
+        config[last] = value
+    except (TypeError, ValueError) as e:
+        raise InputError(f"--set {key}={value!r}: {e}") from e
+
+
+def build(cls, values) -> Any:
+    """A dataclass from a ConfigDict or dict, nested dataclasses and tuples of them included.
+
+    Raises: InputError for an unknown field, with the nearest.
+    """
+    hints, out = get_type_hints(cls), {}
+    names = {f.name for f in dataclasses.fields(cls)}
+    for key, value in dict(values).items():
+        if key not in names:
+            near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.0)
+            raise InputError(f"{cls.__name__} has no field {key!r}; did you mean {near[0]!r}?")
+        out[key] = _cast(hints[key], value)
+    return cls(**out)
+
+
+def _cast(hint, value):
+    if dataclasses.is_dataclass(hint) and hasattr(value, "items"):
+        return build(hint, value)
+    if isinstance(value, (list, tuple)):
+        inner = (get_args(hint) or (None,))[0]
+        return tuple(_cast(inner, v) for v in value)
+    return value

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `lvjax` command: subcommands, and how errors end.
+
+Exit codes: 0 done, 2 bad input, 3 bad checkpoint, 4 does not fit in memory, 5 stopped on NaN, 6 disk, 7 in use by another
+run, 130/143 interrupted with the state saved.  One line on stderr; tracebacks only with --debug.
+"""
+
+import argparse
+import importlib
+import sys
+
+from lvjax.core.errors import DoesNotFitError, LvjaxError
+
+COMMANDS = {
+    "generate": "make a video from prompts, a photo or a video",
+    "replay": "make a video again from its run card",
+    "info": "devices, versions, models and the pocket vocabulary",
+    "train": "train a model from a config",
+    "convert": "turn PyTorch Wan weights into lvjax weights",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors as one line and exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"lvjax: {message}; see `{self.prog} --help`\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="lvjax", description="Long video from the Wan family, in JAX.")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    for name, text in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+        importlib.import_module(f"lvjax.cli.{name}").add_arguments(sub)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        return importlib.import_module(f"lvjax.cli.{args.command}").run(args) or 0
+    except LvjaxError as e:
+        return _end(e, e.code, args.debug)
+    except MemoryError as e:
+        return _end(DoesNotFitError(f"out of memory ({e}); use a smaller --size, --num-videos or --steps"), 4, args.debug)
+    except KeyboardInterrupt:
+        print("lvjax: interrupted", file=sys.stderr)
+        return 130
+    except Exception as e:  # noqa: BLE001  the edge of the program: device errors have no common type
+        if "RESOURCE_EXHAUSTED" in str(e):
+            return _end(DoesNotFitError("the device ran out of memory; use a smaller --size, --num-videos or --steps"), 4, args.debug)
+        if args.debug:
+            raise
+        print(f"lvjax: unexpected {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}; rerun with --debug and report it", file=sys.stderr)
+        return 1
+
+
+def _end(error: Exception, code: int, debug: bool) -> int:
+    if debug:
+        raise error
+    print(f"lvjax: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pocket world is deterministic, unambiguous to the judges, and keeps its splits apart."""
+
+import numpy as np
+import pytest
+
+from lvjax.core.errors import InputError
+from lvjax.data.clips import CLIP_FRAMES, ClipStore, render
+from lvjax.data.judge import camera_of, colour_of, object_direction
+from lvjax.data.prompts import CAMERAS, COLOURS, DIRECTIONS, MAX_WORDS, SHAPES, VOCABULARY, Action, encode
+from lvjax.data.scenes import HELD_OUT_PHOTOS, PHOTOS
+from lvjax.data.world import CLIP_STRIDE, GIVEN, MOTIONS, Video, combinations, is_held_out
+
+
+def test_a_video_is_a_function_of_split_seed_and_index():
+    a, b = Video(3).frames(40, 60), Video(3).frames(40, 60)
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(Video(3).frames(0, 60)[40:], a)
+    assert (Video(3, seed=1).frames(0, 4) != Video(3).frames(0, 4)).any()
+    assert (Video(3, split="held_out").frames(0, 4) != Video(3).frames(0, 4)).any()
+
+
+def test_any_length_and_prompts_change_where_clips_begin():
+    video = Video(7)
+    assert video.frames(20_000, 20_002).shape == (2, 64, 64, 3)
+    starts = [s.start for s in video.segments]
+    assert all((s - GIVEN) % CLIP_STRIDE == 0 for s in starts[1:])
+    assert all(2 <= (s.stop - s.start) / 8 <= 5 for s in video.segments)
+
+
+def test_objects_leave_and_come_back():
+    video = Video(0, first=Action("still", "", "red", "circle", "right"), enters=True)
+    seen = [colour_of(video.frames(f, f + 1)) == "red" for f in range(0, video.segments[0].stop)]
+    assert not seen[0] and any(seen)
+    torus = [video.pose(f).object_x for f in range(video.segments[0].stop)]
+    assert max(torus) > 20
+
+
+def test_splits_share_no_photograph_and_no_combination():
+    assert not set(PHOTOS) & set(HELD_OUT_PHOTOS)
+    train, held = set(combinations(False)), set(combinations(True))
+    assert not train & held and len(train | held) == len(COLOURS) * len(SHAPES) * len(MOTIONS)
+    assert {m for *_, m in held} == set(MOTIONS) and {c for c, *_ in held} == set(COLOURS)
+    for index in range(12):
+        for split in ("train", "held_out"):
+            video = Video(index, split=split)
+            video.frames(0, 200)
+            for s in video.segments:
+                if s.action.colour and s.action.motion != "stay":
+                    assert is_held_out(s.action.colour, s.action.shape, s.action.motion) == (split == "held_out")
+
+
+@pytest.mark.parametrize("camera", CAMERAS)
+def test_judges_see_what_the_world_shows(camera):
+    things = [c for c in combinations(True) if c[2] in DIRECTIONS]
+    for i in range(2):
+        thing = things[(5 * i + CAMERAS.index(camera)) % len(things)]
+        video = Video(500 + i, split="held_out", first=Action(camera, "", *thing), enters=True)
+        frames = video.frames(0, CLIP_FRAMES)
+        assert camera_of(frames) == camera
+        assert colour_of(frames) == thing[0] and object_direction(frames) == thing[2]
+
+
+def test_a_frozen_or_shuffled_clip_fools_no_judge():
+    """The judges can say no: frozen frames are still, reversed frames pan the other way."""
+    frames = Video(501, split="held_out", first=Action("pan left", "")).frames(0, CLIP_FRAMES)
+    assert camera_of(np.repeat(frames[:1], CLIP_FRAMES, 0)) == "still"
+    assert camera_of(frames[::-1]) == "pan right"
+    assert colour_of(np.full((17, 64, 64, 3), 90, np.uint8)) is None
+
+
+def test_prompts_become_ids_and_unknown_words_are_named():
+    ids, unknown = encode("The camera pans left over a landscape, a red circle moves up")
+    assert ids.shape == (MAX_WORDS,) and not unknown
+    assert ids[0] == VOCABULARY["camera"] and ids[8] == VOCABULARY["up"]
+    ids, unknown = encode("a crimson dragoon ÄÖ 猫")
+    assert ids.sum() == 0 and {w for w, _ in unknown} == {"crimson", "dragoon", "äö", "猫"}
+    assert all(near for _, near in unknown)
+    assert encode("left " * 40)[0].all()
+
+
+def test_every_prompt_of_the_world_is_inside_the_vocabulary():
+    for index in range(20):
+        for s in range(0, 200, 40):
+            assert not encode(Video(index).action(s).prompt())[1]
+
+
+def test_clips_overlap_by_the_given_frames_and_the_store_resumes(tmp_path):
+    frames, ids = render(2, 3)
+    assert frames.shape == (3, CLIP_FRAMES, 64, 64, 3) and ids.shape == (3, MAX_WORDS)
+    np.testing.assert_array_equal(frames[1, :GIVEN], frames[0, -GIVEN:])
+    store = ClipStore(tmp_path, 3, clips=2)
+    store.fill(stop=1)
+    again = ClipStore(tmp_path, 3, clips=2)
+    assert again.ready == 1
+    again.fill()
+    np.testing.assert_array_equal(again.frames[2], render(2, 2)[0])
+
+
+def test_unknown_split():
+    with pytest.raises(InputError, match="allowed"):
+        Video(0, split="test")
