@@ -21,7 +21,7 @@ $(BIN)/.test: $(BIN)/.core
 	touch $@
 
 demo: $(BIN)/.core
-	$(BIN)/lvjax generate --image lvjax/assets/photos/mountains.jpg $(DEMO_PROMPTS) --seconds 60 --seed 1 --out demo.mp4
+	$(BIN)/lvjax generate --image lvjax/assets/photos/mountains.jpg $(DEMO_PROMPTS) --seconds 60 --seed 1 --out demo.mp4 --overwrite
 
 test: $(BIN)/.test
 	$(BIN)/python -m pytest -q tests

@@ -16,6 +16,7 @@ from lvjax.core.compat import enable_compilation_cache
 from lvjax.core.errors import InputError
 from lvjax.io.image import fit_image
 from lvjax.run.bundle import Bundle, load
+from lvjax.run.job import enlarge
 from lvjax.run.session import ClipResult, Request, Session, frame_count, open_session, spread
 
 __all__ = ["Bundle", "ClipResult", "Video", "generate", "load", "prepare", "stream"]
@@ -40,11 +41,6 @@ class Video:
         frames = enlarge(self.frames[row], upscale)
         with FragmentedWriter(path, (frames.shape[2], frames.shape[1]), self.fps, {}) as writer:
             writer.write_clip(frames)
-
-
-def enlarge(frames: np.ndarray, factor: int) -> np.ndarray:
-    """Repeat every pixel of [..., H, W, 3] factor x factor times."""
-    return frames if factor == 1 else frames.repeat(factor, -3).repeat(factor, -2)
 
 
 def prepare(

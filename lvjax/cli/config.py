@@ -81,6 +81,20 @@ def build(cls, values) -> Any:
     return cls(**out)
 
 
+def changed(value, fields: dict, changes: list[str]) -> Any:
+    """A dataclass with `fields` and then `changes` ("key=value") replaced.
+
+    Raises: InputError for an unknown field, with the nearest.
+    """
+    fields = dict(fields)
+    for change in changes:
+        key, eq, text = change.partition("=")
+        if not eq:
+            raise InputError(f"--set {change!r}; write key=value")
+        fields[key] = _value(text)
+    return build(type(value), dataclasses.asdict(value) | fields)
+
+
 def _cast(hint, value):
     if dataclasses.is_dataclass(hint) and hasattr(value, "items"):
         return build(hint, value)

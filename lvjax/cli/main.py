@@ -27,20 +27,23 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"lvjax: {message}; see `{self.prog} --help`\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(argv: list[str]) -> argparse.ArgumentParser:
+    """The parser; only the command that `argv` names is imported."""
     parser = _Parser(prog="lvjax", description="Long video from the Wan family, in JAX.")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
-        importlib.import_module(f"lvjax.cli.{name}").add_arguments(sub)
+        if name in argv:
+            importlib.import_module(f"lvjax.cli.{name}").add_arguments(sub)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser(argv).parse_args(argv)
     try:
         return importlib.import_module(f"lvjax.cli.{args.command}").run(args) or 0
     except LvjaxError as e:

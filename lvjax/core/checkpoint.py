@@ -34,6 +34,7 @@ def write_atomic(path, data: bytes) -> None:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
+        os.chmod(tmp, 0o644)
         os.replace(tmp, path)
     except OSError as e:
         if tmp and os.path.exists(tmp):

@@ -13,14 +13,17 @@ from lvjax.core.errors import InputError
 from lvjax.kernels.attention_reference import attend_reference
 
 SMALL = 2**24
-"""Up to this many scores (B*N*L*S, 64 MiB) the plain form is used: nothing is gained by chunks."""
+"""Up to this many scores (B*N*L*S; 64 MiB in float32) "auto" takes the plain form."""
 
 ROWS = 512
-"""Query rows per chunk: the scores of one head against a few thousand keys stay in a core's cache."""
+"""Query rows per chunk: one head's scores against a few thousand keys stay near the core."""
 
 
 def attend_chunked(q, k, v, mask=None, rows: int = ROWS):
-    """The reference computed head by head and `rows` queries at a time; scores are recomputed in the backward pass."""
+    """The reference, head by head and `rows` queries at a time, so that no [N, L, S] array exists.
+
+    The backward pass recomputes the scores of a chunk instead of keeping them.
+    """
     length = q.shape[1]
     chunks = -(-length // rows)
     rows = -(-length // chunks)
@@ -30,7 +33,8 @@ def attend_chunked(q, k, v, mask=None, rows: int = ROWS):
     keys, values = (rearrange(a, "b s n d -> n b s 1 d") for a in (k, v))
     if mask is not None:
         per_query = mask.shape[2] > 1
-        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, tail if per_query else 0), (0, 0)), constant_values=True)
+        rest = ((0, 0), (0, 0), (0, tail if per_query else 0), (0, 0))
+        mask = jnp.pad(mask, rest, constant_values=True)
         mask = rearrange(mask, "b n (c r) s -> n c b 1 r s", c=chunks if per_query else 1)
 
     def head(index, queries, keys, values):
@@ -54,9 +58,9 @@ def _always(q, k, v, mask) -> bool:
 
 
 def _cudnn_supports(q, k, v, mask) -> bool:
-    head_dim = q.shape[-1]
     half = q.dtype in (jnp.bfloat16, jnp.float16) and q.dtype == k.dtype == v.dtype
-    return jax.default_backend() == "gpu" and half and mask is None and head_dim % 8 == 0 and head_dim <= 256
+    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return jax.default_backend() == "gpu" and half and fits and mask is None
 
 
 IMPLEMENTATIONS = {
@@ -77,8 +81,10 @@ def choose(q, k, v, mask=None) -> str:
 def attend(q, k, v, *, mask=None, impl: str = "auto"):
     """softmax(q k^T / sqrt(D)) v.
 
-    q: [B, L, N, D]; k, v: [B, S, N, D].  mask: bool [B|1, 1|N, L|1, S], True = attend; every query needs one key.
-    impl: "auto" or a name in `IMPLEMENTATIONS`.  Softmax in float32; output [B, L, N, D] in q's dtype.
+    q: [B, L, N, D]; k, v: [B, S, N, D].
+    mask: bool [B|1, 1|N, L|1, S], True = attend; every query needs at least one key.
+    impl: "auto" or a name in `IMPLEMENTATIONS`.
+    Returns: [B, L, N, D] in q's dtype; softmax is float32.
     Raises: InputError when the named implementation does not exist or does not support the arrays.
     """
     name = choose(q, k, v, mask) if impl == "auto" else impl
@@ -86,7 +92,7 @@ def attend(q, k, v, *, mask=None, impl: str = "auto"):
         raise InputError(f"impl={impl!r}; use 'auto' or one of {list(IMPLEMENTATIONS)}")
     run, supports = IMPLEMENTATIONS[name]
     if not supports(q, k, v, mask):
-        masked = "no mask" if mask is None else "a mask"
+        given = f"q{q.shape} {q.dtype} {'with' if mask is not None else 'without'} mask"
         where = jax.default_backend()
-        raise InputError(f"impl={impl!r} does not support q{q.shape} {q.dtype} with {masked} on {where}; use impl='auto'")
+        raise InputError(f"impl={impl!r} does not support {given} on {where}; use impl='auto'")
     return run(q, k, v, mask)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wan's diffusion transformer as pure functions: `dit_spec`, `embed_context`, `dit`.
 
-Everything that a long-video method varies enters as an argument: a rotation table, a memory, timesteps per frame or
-token, condition channels.  Nothing here knows a method.
-Source: Wan-Video/Wan2.1: wan/modules/model.py; Wan-Video/Wan2.2 (per-token timesteps); arXiv:2503.20314.
+Everything that a long-video method varies enters as an argument: a rotation table, a memory,
+timesteps per frame or token, condition channels.  Nothing here knows a method.
+Source: Wan-Video/Wan2.1: wan/modules/model.py; Wan-Video/Wan2.2 (per-token timesteps);
+arXiv:2503.20314.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import struct
 from jax import lax
@@ -80,18 +82,24 @@ def _image_spec(cfg: DiTConfig) -> Spec:
 
 
 def _embed_text(params, text, cfg: DiTConfig):
-    """text [B, M, text_dim] -> [B, text_len, C]; rows are padded with zeros before the MLP, and the padding is attended to."""
+    """text [B, M, text_dim] -> [B, text_len, C].
+
+    Rows are padded with zeros before the MLP, and the padding is attended to, as Wan does.
+    """
     found = expect(text, "B M C", "text", C=cfg.text_dim)
     if found["M"] > cfg.text_len:
-        raise InputError(f"text has {found['M']} rows, the model takes {cfg.text_len}; shorten the prompt")
+        raise InputError(
+            f"text has {found['M']} rows, the model takes {cfg.text_len}; shorten the prompt"
+        )
     text = jnp.pad(text, ((0, 0), (0, cfg.text_len - found["M"]), (0, 0))).astype(cfg.dtype)
     hidden = jax.nn.gelu(linear(params["fc1"], text, jnp.float32), approximate=True)
     return linear(params["fc2"], hidden.astype(text.dtype))
 
 
 def _embed_image(params, image, cfg: DiTConfig):
-    """image [B, M, image_dim], CLIP tokens (first and last image concatenated along M for FLF2V) -> [B, M, C]."""
-    expect(image, "B M C", "image", C=cfg.image_dim, **({"M": cfg.image_pos_len} if cfg.image_pos_len else {}))
+    """CLIP tokens image [B, M, image_dim] -> [B, M, C]."""
+    rows = {"M": cfg.image_pos_len} if cfg.image_pos_len else {}
+    expect(image, "B M C", "image", C=cfg.image_dim, **rows)
     image = image.astype(jnp.float32)
     if "pos" in params:
         image = image + params["pos"].astype(jnp.float32)[None]
@@ -101,14 +109,17 @@ def _embed_image(params, image, cfg: DiTConfig):
 
 
 def embed_context(params, text, cfg: DiTConfig, image=None) -> Context:
-    """Everything cross-attention needs of a prompt; it depends on neither latents nor timestep, so compute it once.
+    """Everything cross-attention needs of a prompt: it depends on neither latents nor timestep.
 
-    text: [B, M, text_dim], M <= cfg.text_len, only the rows of real tokens (or exact zeros behind them).
-    image: CLIP tokens [B, M, image_dim] for models with an image branch; B, M and dtype as in `_embed_image`.
+    text: [B, M, text_dim], M <= cfg.text_len; rows behind the last real token are exact zeros.
+    image: CLIP tokens [B, M, image_dim] for models with an image branch, else None; models with a
+        position table take those of the first and the last image, concatenated along M.
     Raises: InputError for wrong shapes, or when an image is missing or not wanted.
     """
-    if (image is None) != (cfg.image_dim is None):
-        raise InputError("this model needs image tokens" if image is None else "this model has no image branch; pass image=None")
+    if cfg.image_dim is None and image is not None:
+        raise InputError("this model has no image branch; pass image=None")
+    if cfg.image_dim is not None and image is None:
+        raise InputError(f"this model needs image tokens [B, M, {cfg.image_dim}]")
     cross = params["blocks"]["cross_attn"]
 
     def project(tokens, suffix):
@@ -121,35 +132,49 @@ def embed_context(params, text, cfg: DiTConfig, image=None) -> Context:
 
 
 def _embed_time(params, timestep, cfg: DiTConfig):
-    """timestep float32 [B, U] -> e [B, U, C] for the head, e0 [B, U, 6, C] for the blocks, all float32."""
+    """timestep [B, U] -> e [B, U, C] for the head, e0 [B, U, 6, C] for the blocks, float32."""
+    mlp = params["time_embedding"]
     features = sinusoid(timestep.astype(jnp.float32), cfg.freq_dim)
-    e = linear(params["time_embedding"]["fc2"], jax.nn.silu(linear(params["time_embedding"]["fc1"], features)))
-    return e, rearrange(linear(params["time_projection"], jax.nn.silu(e)), "b u (s c) -> b u s c", s=6)
+    e = linear(mlp["fc2"], jax.nn.silu(linear(mlp["fc1"], features)))
+    e0 = linear(params["time_projection"], jax.nn.silu(e))
+    return e, rearrange(e0, "b u (s c) -> b u s c", s=6)
 
 
 def _embed_latents(params, latents, condition, cfg: DiTConfig):
-    """Tokens [B, L, C] float32, rounded to cfg.dtype once; Wan's 36-channel convolution is the sum of two projections."""
-    dtype = jnp.dtype(cfg.dtype)
-    x = linear(params["patch_embedding"], patchify(latents, cfg.patch).astype(dtype), jnp.float32)
+    """Tokens [B, L, C] float32, rounded to cfg.dtype once.
+
+    Wan's convolution over [noise, mask, condition] is the sum of two projections.
+    """
+
+    def project(name, video):
+        tokens = patchify(video, cfg.patch).astype(cfg.dtype)
+        return linear(params[name], tokens, jnp.float32)
+
+    x = project("patch_embedding", latents)
     if condition is not None:
-        x = x + linear(params["condition_embedding"], patchify(condition, cfg.patch).astype(dtype), jnp.float32)
-    return x.astype(dtype).astype(jnp.float32)
+        x = x + project("condition_embedding", condition)
+    return x.astype(cfg.dtype).astype(jnp.float32)
 
 
 def _layers(params, x, e0, context, rotation, past, span, cfg: DiTConfig, remat: bool):
-    """Run layers span = (first, last) under `lax.scan`; past is carried, never scanned over, so its slots change in place.
+    """Run layers span = (first, last) under `lax.scan`.
 
-    A partial span indexes the stacked weights inside the loop: slicing them outside would copy them.
+    past is carried, never scanned over, so that its slots change in place.  A partial span indexes
+    the stacked weights inside the loop: slices taken outside would be copies.
     """
     first, last = span
     whole = span == (0, cfg.num_layers)
     stacked = (params, context)
 
+    def pick(a, i):
+        return lax.dynamic_index_in_dim(a, first + i, keepdims=False)
+
     def body(carry, xs):
         x, past = carry
         i, layer = xs
-        p, ctx = layer if whole else jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, first + i, keepdims=False), stacked)
-        x, past, keys = block(p, x, e0, ctx, rotation, None if past is None else (past, i), cfg)
+        p, ctx = layer if whole else jax.tree.map(lambda a: pick(a, i), stacked)
+        memory = None if past is None else (past, i)
+        x, past, keys = block(p, x, e0, ctx, rotation, memory, cfg)
         return (x, past), None if past is None else keys
 
     if remat:
@@ -175,38 +200,55 @@ def _blocks(params, x, e0, context, rotation, past, cfg: DiTConfig, remat: bool)
 def _check(latents, timestep, condition, past, cfg: DiTConfig):
     """Sizes by letter, and the token grid (t, h, w)."""
     size = expect(latents, "B T H W C", "latents", C=cfg.in_channels)
-    for axis, n in zip("THW", cfg.patch, strict=True):
-        if size[axis] % n:
-            raise InputError(f"latents {latents.shape}: axis {axis} must be a multiple of the patch {n}")
-    grid = tuple(size[axis] // n for axis, n in zip("THW", cfg.patch, strict=True))
+    sides = [size[axis] for axis in "THW"]
+    if any(side % n for side, n in zip(sides, cfg.patch, strict=True)):
+        raise InputError(f"latents [T, H, W] = {sides} must be multiples of the patch {cfg.patch}")
+    grid = tuple(side // n for side, n in zip(sides, cfg.patch, strict=True))
     tokens = grid[0] * grid[1] * grid[2]
     if timestep.ndim != 2 or timestep.shape[0] != size["B"] or tokens % timestep.shape[1]:
-        raise InputError(f"timestep has shape {timestep.shape}; expected [B={size['B']}] or [B, U] with U a divisor of {tokens} tokens")
+        raise InputError(
+            f"timestep has shape {timestep.shape}; expected [B={size['B']}] or [B, U] "
+            f"with U a divisor of {tokens} tokens"
+        )
     if condition is not None:
         if not cfg.condition_channels:
             raise InputError("this model takes no condition channels; pass condition=None")
-        expect(condition, "B T H W C", "condition", C=cfg.condition_channels, **{a: size[a] for a in "BTHW"})
+        expect(condition, "B T H W C", "condition", **(size | {"C": cfg.condition_channels}))
     if past is not None and past.k.shape[2] < tokens:
-        raise InputError(f"memory of {past.k.shape[2]} token slots cannot hold a clip of {tokens} tokens")
+        slots = past.k.shape[2]
+        raise InputError(f"memory of {slots} token slots cannot hold a clip of {tokens} tokens")
     return grid
 
 
-def dit(params, latents, timestep, context: Context, cfg: DiTConfig, *, condition=None, rotation=None, past: Past | None = None, remat: bool = False):
+def dit(
+    params,
+    latents,
+    timestep,
+    context: Context,
+    cfg: DiTConfig,
+    *,
+    condition=None,
+    rotation=None,
+    past: Past | None = None,
+    remat: bool = False,
+):
     """Velocity (noise minus data) of noisy latents.
 
-    latents: [B, T, H, W, C].  timestep: float32 [B] or [B, U] in 0..1000, one value per L/U consecutive tokens (U = 1, T or L).
+    latents: [B, T, H, W, C].
+    timestep: float32 [B] or [B, U] in 0..1000, one value for L/U consecutive tokens (U: 1, T or L).
     condition: [B, T, H, W, Cc], mask and condition latents; None adds nothing.
     rotation: (cos, sin) [L, 1|N, D/2] for the clip's own queries and keys; default: frames 0..T-1.
-    past: memory opened for this clip; its layers write the clip's keys and values at past.start and attend to all visible slots.
+    past: memory opened for this clip; in its layers the clip's keys and values are written at
+        past.start, and attention runs over all visible slots.
     remat: recompute the blocks in the backward pass, attention outputs excepted.
-    Returns: velocity float32 [B, T, H, W, Cout]; past after the write, or None; the clip's own keys [Lm, B, L, N, D],
-    normalised and un-rotated, or None.
+    Returns: velocity float32 [B, T, H, W, Cout]; past after the writes, or None; the clip's own
+        keys [layers with memory, B, L, N, D], normalised, not rotated, or None.
     Raises: InputError for wrong shapes.
     """
     timestep = timestep[:, None] if timestep.ndim == 1 else timestep
-    grid = _check(latents, timestep, condition, past, cfg)
+    t, h, w = grid = _check(latents, timestep, condition, past, cfg)
     if rotation is None:
-        rotation = grid_table(jnp.arange(grid[0], dtype=jnp.int32), grid[1], grid[2], cfg.head_dim, cfg.theta)
+        rotation = grid_table(np.arange(t), h, w, cfg.head_dim, cfg.theta)
     e, e0 = _embed_time(params, timestep, cfg)
     x = _embed_latents(params, latents, condition, cfg)
     x, past, keys = _blocks(params["blocks"], x, e0, context, rotation, past, cfg, remat)

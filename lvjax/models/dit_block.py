@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One block of Wan's diffusion transformer: self-attention, cross-attention, feed-forward.
 
-The residual stream, modulation and normalisation are float32; matrix products and attention run in cfg.dtype.
+The residual stream, modulation and normalisation are float32; matrix products and attention run
+in cfg.dtype.
 Source: Wan-Video/Wan2.1: wan/modules/model.py (WanAttentionBlock); arXiv:2503.20314.
 """
 
@@ -57,7 +58,7 @@ def merge_heads(x):
 
 
 def modulate(x, shift, scale):
-    """LayerNorm output x [B, L, C] float32 times 1 + scale plus shift, each [B, U, C]; U divides L (one value per L/U tokens)."""
+    """x [B, L, C] float32 times 1 + scale, plus shift, each [B, U, C]: one for L/U tokens."""
     groups = rearrange(x, "b (u r) c -> b u r c", u=shift.shape[1])
     return rearrange(groups * (1.0 + scale[:, :, None]) + shift[:, :, None], "b u r c -> b (u r) c")
 
@@ -69,9 +70,10 @@ def gated(x, y, gate):
 
 
 def self_attention(params, x, rotation, memory, cfg: DiTConfig):
-    """x [B, L, C] -> [B, L, C]; also the memory after the write and the clip's own un-rotated keys [B, L, N, D].
+    """x [B, L, C] -> [B, L, C], the memory after the write, the un-rotated keys [B, L, N, D].
 
-    memory: None, or (past, layer): rotated keys and values are written there and attention runs over what is visible.
+    memory: None, or (past, layer): rotated keys and values are written there, and attention runs
+        over what is visible of it.
     """
     q = split_heads(rms_norm(params["norm_q"], linear(params["q"], x), cfg.eps), cfg)
     keys = split_heads(rms_norm(params["norm_k"], linear(params["k"], x), cfg.eps), cfg)
@@ -88,13 +90,13 @@ def self_attention(params, x, rotation, memory, cfg: DiTConfig):
 
 
 def cross_keys_values(params, tokens, cfg: DiTConfig, suffix: str = ""):
-    """Keys and values [B, M, N, D] of context tokens [B, M, C]; suffix "_img" for the image branch."""
+    """Keys and values [B, M, N, D] of context tokens [B, M, C]; suffix "_img" for the image's."""
     k = rms_norm(params["norm_k" + suffix], linear(params["k" + suffix], tokens), cfg.eps)
     return split_heads(k, cfg), split_heads(linear(params["v" + suffix], tokens), cfg)
 
 
 def cross_attention(params, x, context, cfg: DiTConfig):
-    """x [B, L, C] attends to one layer's context; text and image results are summed before the output projection."""
+    """x [B, L, C] attends to one layer's context; text and image are summed, then projected."""
     q = split_heads(rms_norm(params["norm_q"], linear(params["q"], x), cfg.eps), cfg)
     out = attend(q, context.k, context.v)
     if context.image_k is not None:
@@ -109,7 +111,10 @@ def feed_forward(params, x):
 
 
 def block(params, x, e0, context, rotation, memory, cfg: DiTConfig):
-    """x [B, L, C] float32, e0 [B, U, 6, C] float32, context of this layer -> (x, past, keys); see `self_attention`."""
+    """x [B, L, C] float32 and e0 [B, U, 6, C] float32 -> (x, past, keys).
+
+    context: this layer's.  memory, past, keys: see `self_attention`.
+    """
     dtype = jnp.dtype(cfg.dtype)
     m = params["modulation"].astype(jnp.float32)[None, None] + e0
     shift1, scale1, gate1, shift2, scale2, gate2 = (m[:, :, i] for i in range(6))

@@ -47,8 +47,8 @@ _reduced.defvjp(_reduced_forward, _reduced_backward)
 def _dot(x, kernel):
     """x @ kernel in x's dtype, float32 out.
 
-    Below float32 the backward products also run in x's dtype (accumulating in float32): jax's own rule would multiply
-    the float32 cotangent by the reduced operand, that is, in float32.
+    Below float32 the backward products also run in x's dtype (accumulating in float32): jax's own
+    rule would multiply the float32 cotangent by the reduced operand, that is, in float32.
     """
     return _matmul(x, kernel) if x.dtype == jnp.float32 else _reduced(x, kernel)
 
@@ -56,8 +56,9 @@ def _dot(x, kernel):
 def linear(params, x, dtype=None):
     """x [..., in] -> [..., out] of `dtype` (default: that of x).
 
-    Multiplies in x's dtype, accumulates and adds the bias in float32, rounds once.  With params["lora"] =
-    {"a": [in, r], "b": [r, out], "scale": []} the update scale * (x a) b is added before rounding.
+    Multiplies in x's dtype, accumulates and adds the bias in float32, rounds once.  With
+    params["lora"] = {"a": [in, r], "b": [r, out], "scale": []} the update scale * (x a) b is added
+    before rounding.
     """
     y = _dot(x, params["kernel"])
     if "lora" in params:

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Normalisations.  Statistics are float32 whatever the activations are."""
+"""Normalisations.  Statistics are float32; results have the dtype of x."""
 
 import jax.numpy as jnp
 from jax import lax
 
 
 def _rows(weight, ndim):
-    """A [C] weight as float32 with leading axes of size one, so that no rank is promoted silently."""
+    """A [C] weight as float32, with leading axes of size one for explicit broadcasting."""
     return weight.astype(jnp.float32).reshape((1,) * (ndim - 1) + (-1,))
 
 
 def layer_norm(x, eps: float, params=None):
-    """LayerNorm over the last axis of x [..., C]; params: None or {"scale": [C], "bias": [C]}; returns x's dtype."""
+    """LayerNorm over the last axis of x [..., C]; params: None or {"scale": [C], "bias": [C]}."""
     f = x.astype(jnp.float32)
     f = f - f.mean(-1, keepdims=True)
     y = f * lax.rsqrt((f * f).mean(-1, keepdims=True) + eps)
@@ -21,8 +21,9 @@ def layer_norm(x, eps: float, params=None):
 
 
 def rms_norm(weight, x, eps: float):
-    """RMSNorm over the last axis of x [..., C], weight [C], in Wan's order: normalise in float32, round to x's dtype, then scale.
+    """RMSNorm over the last axis of x [..., C], weight [C].
 
+    In Wan's order: normalise in float32, round to x's dtype, then scale.
     Source: Wan-Video/Wan2.1: wan/modules/model.py (WanRMSNorm).
     """
     f = x.astype(jnp.float32)
@@ -31,8 +32,9 @@ def rms_norm(weight, x, eps: float):
 
 
 def channel_norm(gamma, x):
-    """The autoencoder's norm over the channels of x [..., C], gamma [C]: x / max(||x||, 1e-12) * sqrt(C) * gamma.
+    """The autoencoder's norm over channels: x / max(||x||, 1e-12) * sqrt(C) * gamma.
 
+    x [..., C], gamma [C].
     Source: Wan-Video/Wan2.1: wan/modules/vae.py (RMS_norm).
     """
     f = x.astype(jnp.float32)

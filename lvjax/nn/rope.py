@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotary position embedding over (frame, row, column), exact for any int32 frame.
 
-A frequency is stored as the fraction of a full turn that one step advances, in units of 2**-32 turn.  Position times
-frequency is then an integer product modulo 2**32, which wraps exactly where an angle does: no phase loses digits
-as a video grows, and no float64 is needed on the device.  What remains is the rounding of the frequency itself,
-at most position * pi / 2**32 radians (0.7 mrad at frame one million).
+A frequency is stored as the fraction of a full turn that one step advances, in units of 2**-32
+turn.  Position times frequency is then an integer product modulo 2**32, which wraps exactly where
+an angle does: no phase loses digits as a video grows, and no float64 is needed on the device.  What
+remains is the rounding of the frequency itself, at most position * pi / 2**32 radians (0.7 mrad at
+frame one million).
 
 Pairs are interleaved, (x[2j], x[2j+1]), as Wan's are.
 """
@@ -25,7 +26,10 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
 
 
 def turns(head_dim: int, theta=10000.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Frequencies of the three axes as uint32 [pairs], in 2**-32 turn per step; theta [N] gives [N, pairs], one base per head."""
+    """Frequencies of the three axes, uint32 [pairs] each, in 2**-32 turn per step.
+
+    theta: the base; an array [N], one base per head, gives [N, pairs].
+    """
 
     def axis(pairs):
         exponent = -np.arange(pairs, dtype=np.float64) / pairs
@@ -39,13 +43,14 @@ def table(position, turns):
     """cos, sin float32 [L, P] of position int32 [L] times turns uint32 [P]."""
     steps = lax.bitcast_convert_type(jnp.asarray(position, jnp.int32), jnp.uint32)
     phase = steps[:, None] * jnp.asarray(turns, jnp.uint32)[None, :]
-    angle = lax.bitcast_convert_type(phase, jnp.int32).astype(jnp.float32) * np.float32(2 * np.pi / TURN)
+    angle = lax.bitcast_convert_type(phase, jnp.int32).astype(jnp.float32) * (2 * np.pi / TURN)
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def _grid(frames, h: int, w: int, axis_turns):
     """cos, sin [T*h*w, D/2] of one head."""
-    tables = [table(p, a) for p, a in zip((frames, jnp.arange(h), jnp.arange(w)), axis_turns, strict=True)]
+    positions = frames, jnp.arange(h), jnp.arange(w)
+    tables = [table(p, a) for p, a in zip(positions, axis_turns, strict=True)]
     size = (len(frames), h, w)
 
     def spread(parts):
@@ -58,19 +63,26 @@ def _grid(frames, h: int, w: int, axis_turns):
 
 
 def grid_table(frames, h: int, w: int, head_dim: int, theta: float = 10000.0):
-    """(cos, sin) float32 [T*h*w, 1, D/2] of latent frames int32 [T] (any values, any order) on an h x w token grid."""
+    """(cos, sin) float32 [T*h*w, 1, D/2] of an h x w token grid at latent frames int32 [T].
+
+    Frames may have any values in any order.
+    """
     cos, sin = _grid(jnp.asarray(frames, jnp.int32), h, w, turns(head_dim, theta))
     return cos[:, None], sin[:, None]
 
 
 def head_tables(frames, h: int, w: int, turns_per_head):
-    """(cos, sin) float32 [T*h*w, N, D/2]; turns_per_head: three uint32 arrays [N, pairs], as `turns` gives for theta [N]."""
+    """`grid_table` with a head axis, (cos, sin) float32 [T*h*w, N, D/2].
+
+    turns_per_head: three uint32 arrays [N, pairs], as `turns` gives for theta [N].
+    """
     frames = jnp.asarray(frames, jnp.int32)
-    return jax.vmap(lambda a: _grid(frames, h, w, a), out_axes=1)(tuple(map(jnp.asarray, turns_per_head)))
+    heads = tuple(jnp.asarray(a, jnp.uint32) for a in turns_per_head)
+    return jax.vmap(lambda a: _grid(frames, h, w, a), out_axes=1)(heads)
 
 
 def rotate(x, rotation):
-    """Turn the pairs of x [B, L, N, D] by (cos, sin) [L, 1|N, D/2], in float32; returns x's dtype."""
+    """Turn the pairs of x [B, L, N, D] by (cos, sin) [L, 1|N, D/2], in float32; x's dtype out."""
     cos, sin = (part[None] for part in rotation)
     pairs = rearrange(x.astype(jnp.float32), "b l n (p two) -> b l n p two", two=2)
     even, odd = pairs[..., 0], pairs[..., 1]

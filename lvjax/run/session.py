@@ -137,6 +137,13 @@ def check_frames(frames: int) -> int:
     return frames
 
 
+def clip_count(defaults, frames: int, given: int) -> int:
+    """Clips of a video of `frames` whose first clip is given `given` frames and shows the last of them."""
+    whole = pixel_frames(defaults.clip_latents) - max(given - 1, 0)
+    new = pixel_frames(defaults.clip_latents) - pixel_frames(defaults.overlap)
+    return 1 + max(0, math.ceil((frames - whole) / new))
+
+
 def check_size(size: tuple[int, int], bundle: Bundle) -> tuple[int, int]:
     """Raises: InputError naming the two nearest sides that the model can make."""
     unit = bundle.vae.spatial_stride * bundle.dit.patch[1]
@@ -195,7 +202,7 @@ def open_session(bundle: Bundle, request: Request) -> Session:
     skip, shared = max(given - 1, 0), pixel_frames(d.overlap)
     new = pixel_frames(d.clip_latents) - shared
     whole = pixel_frames(d.clip_latents) - skip
-    num_clips = 1 + max(0, math.ceil((request.frames - whole) / new))
+    num_clips = clip_count(d, request.frames, given)
     prompts, notices = _clip_prompts(bundle, request, num_clips, whole, new)
     contexts = _Contexts(bundle, request.negative, settings.guidance is not None)
     plan = plan_bank(np.stack([contexts.embedding(p) for p in prompts]), d.capacity)

@@ -6,7 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lvjax.nn.rope import TURN, axis_pairs, grid_table, head_tables, rotate, table, turns
+from lvjax.nn import rope
+from lvjax.nn.rope import TURN, axis_pairs, head_tables, turns
+
+table, rotate = jax.jit(rope.table), jax.jit(rope.rotate)
+grid_table = jax.jit(rope.grid_table, static_argnums=(1, 2, 3, 4))
 
 
 def frequencies(pairs, theta=10000.0):
@@ -25,7 +29,7 @@ def test_phase_against_float64(frame):
 def test_phase_is_an_exact_product_of_integers():
     frame = np.array([2**31 - 1, -(2**31), 123_456_789], np.int32)
     steps = turns(128)[0]
-    cos, _ = jax.jit(lambda f: table(f, steps))(frame)
+    cos, _ = table(frame, steps)
     exact = [[int(f) * int(s) % 2**32 for s in steps] for f in frame]
     np.testing.assert_allclose(cos, np.cos(np.array(exact) * 2 * np.pi / TURN), rtol=0, atol=4e-7)
 
@@ -38,7 +42,9 @@ def test_phase_wraps_where_the_angle_does():
     np.testing.assert_allclose(sin[4:], sin[:5], atol=0)
 
 
-@pytest.mark.parametrize("head_dim, pairs", ((128, (22, 21, 21)), (16, (4, 2, 2)), (12, (2, 2, 2)), (64, (12, 10, 10))))
+@pytest.mark.parametrize(
+    "head_dim, pairs", ((128, (22, 21, 21)), (16, (4, 2, 2)), (12, (2, 2, 2)), (64, (12, 10, 10)))
+)
 def test_split_between_axes(head_dim, pairs):
     assert axis_pairs(head_dim) == pairs
     assert tuple(len(t) for t in turns(head_dim)) == pairs
@@ -56,17 +62,19 @@ def test_grid_is_frame_major():
 
 def test_tables_per_head():
     theta = np.array([1e4, 9e3, 11e3])
-    cos, sin = head_tables(np.array([5, 900]), 2, 2, turns(32, theta))
+    cos, sin = jax.jit(head_tables, static_argnums=(1, 2))(
+        np.array([5, 900], np.int32), 2, 2, turns(32, theta)
+    )
     assert cos.shape == (8, 3, 16)
     for n, base in enumerate(theta):
-        one = grid_table(np.array([5, 900]), 2, 2, 32, base)
+        one = grid_table(np.array([5, 900], np.int32), 2, 2, 32, float(base))
         np.testing.assert_array_equal(cos[:, n], one[0][:, 0])
         np.testing.assert_array_equal(sin[:, n], one[1][:, 0])
 
 
 def test_rotation_is_of_adjacent_pairs():
     x = np.random.default_rng(0).normal(size=(2, 6, 3, 16)).astype(np.float32)
-    cos, sin = grid_table(np.array([4]), 2, 3, 16)
+    cos, sin = grid_table(np.array([4], np.int32), 2, 3, 16)
     turned = (x[..., ::2] + 1j * x[..., 1::2]) * (np.asarray(cos) + 1j * np.asarray(sin))[None]
     wanted = np.stack([turned.real, turned.imag], -1).reshape(x.shape)
     np.testing.assert_allclose(rotate(jnp.asarray(x), (cos, sin)), wanted, atol=2e-6)
@@ -78,7 +86,9 @@ def test_only_differences_of_position_matter():
     q, k = (jax.random.normal(jax.random.fold_in(key, i), (1, 1, 1, 128)) for i in range(2))
 
     def score(a, b):
-        turned = rotate(q, grid_table([a], 1, 1, 128)), rotate(k, grid_table([b], 1, 1, 128))
+        turned = [
+            rotate(x, grid_table(np.array([at], np.int32), 1, 1, 128)) for x, at in ((q, a), (k, b))
+        ]
         return float((turned[0] * turned[1]).sum())
 
     assert abs(score(3, 10) - score(1_000_003, 1_000_010)) < 1e-4

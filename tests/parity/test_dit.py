@@ -38,7 +38,9 @@ FRAMES, HEIGHT, WIDTH = 3, 6, 8  # 36 tokens after the patch
 
 
 class Sinusoid(torch.nn.Module):
-    """The timestep features in float64, as the official model computes them; diffusers' are float32."""
+    """The timestep features in float64, as the official model computes them; diffusers' are
+    float32.
+    """
 
     def forward(self, t):
         angle = t.double()[:, None] * 10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
@@ -89,7 +91,9 @@ def inputs(name):
         "latents": draw(*grid, cfg.in_channels, seed=1),
         "text": draw(2, 9, cfg.text_dim, seed=2),
         "timestep": np.array([937.5, 41.0], np.float32),
-        "condition": draw(*grid, cfg.condition_channels, seed=3) if cfg.condition_channels else None,
+        "condition": draw(*grid, cfg.condition_channels, seed=3)
+        if cfg.condition_channels
+        else None,
         "image": None,
     }
     if cfg.image_dim:
@@ -124,7 +128,9 @@ def wanted(name):
 
 @cache
 def params(name):
-    return convert(oracle(name)[1], dit_rules(VARIANTS[name], "diffusers"), dit_spec(VARIANTS[name]))
+    return convert(
+        oracle(name)[1], dit_rules(VARIANTS[name], "diffusers"), dit_spec(VARIANTS[name])
+    )
 
 
 def ours(name):
@@ -150,7 +156,9 @@ def test_per_frame_timesteps_equal_per_token():
     cfg, given = VARIANTS["ti2v"], inputs("ti2v")
     frames = given["timestep"].reshape(2, FRAMES, -1)[:, :, 0]
     context = embed_context(params("ti2v"), given["text"], cfg)
-    out = jax.jit(lambda p, *a: dit(p, *a, cfg)[0])(params("ti2v"), given["latents"], frames, context)
+    out = jax.jit(lambda p, *a: dit(p, *a, cfg)[0])(
+        params("ti2v"), given["latents"], frames, context
+    )
     assert relative(np.asarray(out), wanted("ti2v")) <= TOLERANCE
 
 
@@ -235,6 +243,8 @@ def test_official_names_give_the_same_tree(name):
 
 
 def test_patch_rule_inverts():
-    rule = next(r for r in dit_rules(VARIANTS["i2v"], "official") if "patch_embedding.weight" in r.source)
+    rule = next(
+        r for r in dit_rules(VARIANTS["i2v"], "official") if "patch_embedding.weight" in r.source
+    )
     weight = oracle("i2v")[1]["patch_embedding.weight"]
     np.testing.assert_array_equal(rule.transform.inverse(*rule.transform.forward(weight)), weight)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run card: everything needed to make the same video again, as JSON inside the file and beside it."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import lvjax
+from lvjax.core.checkpoint import write_atomic
+from lvjax.core.errors import CheckpointError
+
+FORMAT = "lvjax-card/1"
+
+
+def make_card(options: dict[str, Any], *, weights: dict[str, str], inputs: dict[str, str]) -> dict[str, Any]:
+    """options: the run's settings, resolved.  weights, inputs: sha256 by name."""
+    versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "numpy")} | {"lvjax": lvjax.__version__}
+    where = {"python": platform.python_version(), "device": jax.devices()[0].device_kind, "platform": jax.default_backend()}
+    return {"format": FORMAT, "options": options, "weights": weights, "inputs": inputs, "versions": versions | where}
+
+
+def card_path(output) -> Path:
+    return Path(output).with_suffix(".json")
+
+
+def write_card(output, card: dict[str, Any]) -> None:
+    write_atomic(card_path(output), (json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def check_card(card: Any, source) -> dict[str, Any]:
+    """Raises: CheckpointError when `card` is not a run card of this format."""
+    if not isinstance(card, dict) or card.get("format") != FORMAT or not isinstance(card.get("options"), dict):
+        raise CheckpointError(f"{source} holds no lvjax run card; give a video that `lvjax generate` wrote")
+    return card
+
+
+def differences(card: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is not as it was when the card was written; a replay is bit-equal only if this is empty."""
+    out = [f"weights {k} differ" for k in card["weights"] if card["weights"][k] != now["weights"].get(k)]
+    out += [f"input {k} differs" for k in card["inputs"] if card["inputs"][k] != now["inputs"].get(k)]
+    return out + [f"{k} was {v}, is {now['versions'].get(k)}" for k, v in card["versions"].items() if v != now["versions"].get(k)]
+
+
+def file_hash(path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The saved state of a run: one file, atomic, a checksum per array."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lvjax.core.checkpoint import load_arrays, restore_tree, save_arrays, tree_arrays
+
+
+def save_state(path, state, meta: dict[str, Any]) -> None:
+    """state: any pytree of arrays; meta: position, byte offset, digest, and what else resuming needs (JSON-able)."""
+    save_arrays(path, tree_arrays(jax.device_get(state)), meta)
+
+
+def load_state(path, like) -> tuple[Any, dict[str, Any]]:
+    """Returns (state on the device, meta).
+
+    Raises: CheckpointError naming the file, and the array that is damaged or of another run.
+    """
+    arrays, meta = load_arrays(path)
+    return jax.tree.map(jnp.array, restore_tree(like, arrays, str(path))), meta
+
+
+def load_meta(path) -> dict[str, Any]:
+    """The meta alone (the file is checked all the same)."""
+    return load_arrays(path)[1]
+
+
+def state_path(output) -> Path:
+    return Path(f"{output}.state")
+
+
+def chain(digest: str, latents) -> str:
+    """Running sha256 over every clip's latents: equal digests mean equal latents of the whole run."""
+    return hashlib.sha256(digest.encode() + np.ascontiguousarray(latents).tobytes()).hexdigest()
