@@ -284,7 +284,7 @@ _DIT_LINEARS = {
     "blocks/ffn/fc2": ("blocks.{layer}.ffn.net.2", "blocks.{layer}.ffn.2"),
     "head/linear": ("proj_out", "head.head"),
 }
-# LayerNorms with weight and bias.  The norm before cross-attention is norm3 officially, norm2 in diffusers.
+# LayerNorms with weight and bias.  Before cross-attention: norm3 officially, norm2 in diffusers.
 _DIT_NORMS = {
     "blocks/norm3": ("blocks.{layer}.norm2", "blocks.{layer}.norm3"),
     "image_embedding/norm1": ("condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
@@ -320,10 +320,10 @@ _DIT_ARRAYS = {
 
 
 def split(channels: tuple[int, ...], patch: tuple[int, int, int]) -> Transform:
-    """A convolution [d, sum(channels), *patch] whose stride is its kernel, as one matrix per group of input channels.
+    """A convolution whose stride is its kernel, as one matrix for each group of input channels.
 
-    Each matrix is [c * pt * ph * pw, d] with c slowest; the convolution is the sum of the products.  For one group
-    the result is that matrix, otherwise a tuple.
+    [d, sum(channels), *patch] <-> matrices [c * pt * ph * pw, d] with c slowest; the convolution is
+    the sum of their products.  One group gives one matrix, several give a tuple.
     """
     edges = [sum(channels[: i + 1]) for i in range(len(channels) - 1)]
 
@@ -359,7 +359,7 @@ DIT_FROM_OFFICIAL = _dit_table("official")
 def dit_rules(cfg: DiTConfig, layout: str) -> tuple[Rule, ...]:
     """The table of a DiT; layout "diffusers" or "official".
 
-    Rules for an image branch are always among them: pass the spec to `convert` so that none is missed.
+    Rules for an image branch are always among them: with the spec, `convert` sees what is missing.
     """
     channels, target = (cfg.in_channels,), "patch_embedding/kernel"
     if cfg.condition_channels:

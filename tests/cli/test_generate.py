@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lvjax generate` and `replay` end to end on a tiny random model: files, exit codes, one-line errors, resume."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lvjax.cli.main import main
+from lvjax.core.errors import NonFiniteError
+from lvjax.io.video import read_card, read_video
+from lvjax.run import job
+from lvjax.run.bundle import load, save
+from lvjax.run.state import state_path
+from tests.tiny import tiny_bundle
+
+PROMPTS = ("--prompt", "the camera pans left", "--prompt", "a red circle moves up")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save(folder, tiny_bundle())
+    return str(folder)
+
+
+def generate(model, out, *args) -> int:
+    return main(["generate", "--model", model, "--out", str(out), *args])
+
+
+def test_a_run_writes_a_playable_video_with_its_card(model, tmp_path, capsys):
+    out = tmp_path / "a.mp4"
+    assert generate(model, out, *PROMPTS, "--seconds", "5") == 0
+    frames, fps = read_video(out)
+    assert frames.shape == (41, 32, 32, 3) and fps == 8
+    card = read_card(out)
+    assert card["options"]["timelines"][0][1] == [2.5, "a red circle moves up"]
+    assert json.loads(out.with_suffix(".json").read_text())["weights"].keys() == {"dit", "vae", "text"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.mp4"]
+    printed = capsys.readouterr()
+    assert "plan: 41 frames in 3 clips" in printed.out and "3/3" in printed.err
+
+
+def test_replay_makes_the_same_latents(model, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)).save(tmp_path / "photo.png")
+    out = tmp_path / "a.mp4"
+    assert generate(model, out, *PROMPTS, "--frames", "29", "--image", str(tmp_path / "photo.png"), "--seed", "4") == 0
+    (tmp_path / "photo.png").unlink()
+    assert main(["replay", str(out)]) == 0
+    digests = [json.loads((tmp_path / name).read_text())["latents"] for name in ("a.json", "a-replay.json")]
+    assert digests[0] == digests[1]
+
+
+def interrupted(model, out, clips: int, *args) -> None:
+    """Run until `clips` clips are done, and stop as a signal would."""
+    options = ["generate", "--model", model, "--out", str(out), *args]
+    done = []
+    original = job.proceed
+
+    def proceed(bundle, output, stop, **kwargs):
+        for p in original(bundle, output, stop=lambda: len(done) >= clips, **kwargs):
+            done.append(p)
+            yield p
+
+    job.proceed = proceed
+    try:
+        main(options)
+    finally:
+        job.proceed = original
+    assert state_path(out).exists() and len(done) == clips
+
+
+def test_an_interrupted_run_resumes_to_the_same_file(model, tmp_path):
+    args = (*PROMPTS, "--frames", "53", "--seed", "2")
+    assert generate(model, tmp_path / "whole.mp4", *args) == 0
+    interrupted(model, tmp_path / "cut.mp4", 2, *args)
+    with open(tmp_path / "cut.mp4", "ab") as f:
+        f.write(b"half a fragment")
+    assert read_video(tmp_path / "cut.mp4")[0].shape[0] == 29
+    assert main(["generate", "--resume", "--out", str(tmp_path / "cut.mp4")]) == 0
+    assert (tmp_path / "cut.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    assert main(["generate", "--resume", "--out", str(tmp_path / "cut.mp4")]) == 0
+
+
+def test_a_batch_is_one_file_per_prompt_and_video(model, tmp_path):
+    (tmp_path / "prompts.txt").write_text("the camera pans left\n\n# a comment\na red circle moves up\n")
+    assert generate(model, tmp_path / "b.mp4", "--prompt-file", str(tmp_path / "prompts.txt"), "--num-videos", "2", "--frames", "17") == 0
+    videos = [read_video(tmp_path / f"b-{i:03d}.mp4")[0] for i in range(4)]
+    assert all(v.shape == (17, 32, 32, 3) for v in videos) and (videos[0] != videos[1]).any()
+    assert read_card(tmp_path / "b-003.mp4")["row"] == 3
+
+
+def test_continue_a_video(model, tmp_path):
+    assert generate(model, tmp_path / "a.mp4", *PROMPTS, "--frames", "17") == 0
+    assert generate(model, tmp_path / "b.mp4", *PROMPTS, "--frames", "25", "--video", str(tmp_path / "a.mp4")) == 0
+    assert read_video(tmp_path / "b.mp4")[0].shape[0] == 25
+
+
+def test_config_and_set_reach_everything(model, tmp_path):
+    config = tmp_path / "c.py"
+    config.write_text('from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({"prompt": ["the camera pans up"], "frames": 17, "defaults": {"shift": 5.0}})\n')
+    assert generate(model, tmp_path / "a.mp4", "--config", str(config), "--set", "defaults.upscale=1", "--set", "frames=21") == 0
+    card = read_card(tmp_path / "a.mp4")
+    assert card["options"]["defaults"]["shift"] == 5.0 and card["options"]["frames"] == 21
+    assert read_video(tmp_path / "a.mp4")[0].shape == (21, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["--prompt", " "], 2, "empty"),
+        ([], 2, "no prompt"),
+        (["--prompt", "x", "--frames", "18"], 2, "17 and 21"),
+        (["--prompt", "x", "--size", "100x64"], 2, "96 and 104"),
+        (["--prompt", "x", "--size", "big"], 2, "WIDTHxHEIGHT"),
+        (["--prompt", "x", "--seconds", "0"], 2, "positive"),
+        (["--prompt", "x", "--seconds", "nan"], 2, "positive"),
+        (["--prompt", "x", "--seconds", "soon"], 2, "invalid float"),
+        (["--prompt", "x", "--image", "nowhere.png"], 2, "nowhere.png"),
+        (["--prompt", "x", "--video", "nowhere.mp4"], 2, "nowhere.mp4"),
+        (["--prompt", "x", "--steps", "0"], 2, "steps"),
+        (["--prompt", "x", "--num-videos", "0"], 2, "num-videos"),
+        (["--prompt", "x", "--set", "defaults.shft=1"], 2, "'shift'"),
+        (["--prompt", "x", "--config", "nothing"], 2, "pocket"),
+        (["--prompt", "x", "--size", "8192x8192"], 4, "fit"),
+        (["--prompt", "x", "--model", "nowhere"], 3, "model.json"),
+    ],
+)
+def test_bad_input_is_one_line_with_its_exit_code(model, tmp_path, capsys, args, code, message):
+    out = tmp_path / "a.mp4"
+    try:
+        found = generate(model, out, *args)
+    except SystemExit as e:
+        found = e.code
+    err = capsys.readouterr().err.strip()
+    assert found == code and message in err and len(err.splitlines()) == 1 and "Traceback" not in err
+    assert not out.exists() and not list(tmp_path.glob("*.lock"))
+
+
+def test_an_existing_video_is_not_lost(model, tmp_path, capsys):
+    (tmp_path / "a.mp4").write_bytes(b"precious")
+    assert generate(model, tmp_path / "a.mp4", *PROMPTS, "--frames", "5") == 2
+    assert "--overwrite" in capsys.readouterr().err and (tmp_path / "a.mp4").read_bytes() == b"precious"
+    assert generate(model, tmp_path / "a.mp4", *PROMPTS, "--frames", "5", "--overwrite") == 0
+
+
+def test_a_place_that_is_no_folder(model, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert generate(model, tmp_path / "file" / "a.mp4", *PROMPTS) == 6
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_nan_stops_at_its_clip_and_keeps_the_ones_before(model, tmp_path, capsys, monkeypatch):
+    import lvjax.run.session as session
+
+    original = session._check_finite
+
+    def check(latents, frames, clip):
+        if clip == 2:
+            raise NonFiniteError("latents of clip 2 are not finite")
+        original(latents, frames, clip)
+
+    monkeypatch.setattr(session, "_check_finite", check)
+    assert generate(model, tmp_path / "a.mp4", *PROMPTS, "--frames", "53") == 5
+    assert "clip 2" in capsys.readouterr().err
+    assert read_video(tmp_path / "a.mp4")[0].shape[0] == 29
+    monkeypatch.undo()
+    assert main(["generate", "--resume", "--out", str(tmp_path / "a.mp4")]) == 0
+    assert read_video(tmp_path / "a.mp4")[0].shape[0] == 53
+
+
+def test_other_weights_and_a_damaged_state_are_refused(model, tmp_path, capsys):
+    out = tmp_path / "a.mp4"
+    interrupted(model, out, 1, *PROMPTS, "--frames", "53")
+    state = bytearray(state_path(out).read_bytes())
+    state[-5] ^= 1
+    state_path(out).write_bytes(state)
+    assert main(["generate", "--resume", "--out", str(out)]) == 3
+    assert "checksum" in capsys.readouterr().err
+
+
+def test_a_second_run_on_the_same_output_is_told_of_the_first(model, tmp_path):
+    out = tmp_path / "a.mp4"
+    holder = f"import time; from lvjax.run.lock import hold\nwith hold({str(out)!r}): print('held', flush=True); time.sleep(60)"
+    first = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline().strip() == "held"
+        second = subprocess.run([sys.executable, "-m", "lvjax.cli.main", "generate", "--model", model, "--prompt", "x", "--out", str(out)], capture_output=True, text=True)
+        assert second.returncode == 7 and str(first.pid) in second.stderr
+    finally:
+        first.kill()
+        first.wait()
+    assert os.path.exists(f"{out}.lock")
+    assert generate(model, out, *PROMPTS, "--frames", "5") == 0
+
+
+def test_info_and_help(capsys, model):
+    assert main(["info", model]) == 0
+    assert "T-RFlow" in capsys.readouterr().out and load(model).name == "tiny"
+    with pytest.raises(SystemExit) as e:
+        main(["generate", "--help"])
+    assert e.value.code == 0
