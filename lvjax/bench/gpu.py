@@ -3,9 +3,10 @@
 
     python -m lvjax.bench.gpu --minutes 9 --out DIR [--tiny] [--only WORD]
 
-Leaves DIR/results.jsonl (one line per case, written as it is measured) and DIR/report.md.  The clock is looked at before
-each case; cases that no longer fit are named.  Exit code 1 when a case fails.  Needs only jax, flax, einops, numpy and
-safetensors; torch, where it is there and sees the same device, is the rival.  Without an accelerator sizes are tiny.
+Leaves DIR/results.jsonl (one line per case, written as it is measured) and DIR/report.md.  The
+clock is looked at before each case; cases that no longer fit are named.  Exit code 1 when a case
+fails.  Needs jax, flax, einops, numpy and safetensors; torch, where it is there and sees the same
+device, is the rival.  Without an accelerator sizes are tiny.
 """
 
 import argparse
@@ -19,12 +20,20 @@ from pathlib import Path
 
 import jax
 
-from lvjax.bench.cases import SHEET, SHEET_TINY, all_cases
-from lvjax.bench.measure import machine, run_case
+from lvjax.bench import cases_attention as attention
+from lvjax.bench import cases_models as models
+from lvjax.bench.measure import Case, machine, run_case
 
 RESERVE = 5.0  # seconds kept for the report
 RIVAL_SECONDS = {True: 8.0, False: 60.0}  # about what the rival takes, by `tiny`
-PLATFORM = {"gpu": "gpu", "cuda": "gpu", "cpu": "cpu"}  # jax's names to the rival's
+PLATFORM = {"gpu": "gpu", "cpu": "cpu"}  # jax's names to the rival's
+
+
+def all_cases(tiny: bool) -> list[Case]:
+    """Every case, the most important first: when time is short the last ones are left out."""
+    checks = [*attention.checks(), *models.block_checks(tiny), *models.decode_checks(tiny)]
+    timed = [*attention.gemms(tiny), *attention.sheet(tiny), *models.blocks(tiny)]
+    return [*checks, *timed, *models.decodes(tiny), *models.forwards(tiny)]
 
 
 class Report:
@@ -44,7 +53,8 @@ class Report:
         """The Markdown report, also written to report.md."""
         self._lines.close()
         versions = " · ".join(f"{k} {v}" for k, v in self.facts["versions"].items())
-        head = f"{self.facts['device_kind']} ({self.facts['platform']}) · {versions} · commit {self.facts['commit'] or 'unknown'}"
+        device = f"{self.facts['device_kind']} ({self.facts['platform']})"
+        head = f"{device} · {versions} · commit {self.facts['commit'] or 'unknown'}"
         text = "\n".join([head, "", table(self.rows), "", *self._remarks(note)]) + "\n"
         (self.folder / "report.md").write_text(text)
         return text
@@ -77,31 +87,37 @@ def _outcome(row: dict) -> str:
 def table(rows: list[dict]) -> str:
     """A Markdown table; rates are also given in percent of the first matrix product's."""
     gemm = next((r["tflops"] for r in rows if r["case"] == "gemm" and "tflops" in r), None)
-    head = ("case", "shape", "dtype", "implementation", "compile s", "median ms", "IQR ms", "TFLOP/s", "% of gemm", "peak GB", "rel. error", "status")
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for r in rows:
-        rate = r.get("tflops")
-        cells = (
-            r["case"], _sizes(r), r["dtype"], r["impl"],
-            _cell(r.get("compile_seconds"), ".1f"), _cell(r.get("median_seconds"), ".3f", 1e3), _cell(r.get("iqr_seconds"), ".3f", 1e3),
-            _cell(rate, ".3g"), _cell(rate / gemm if rate and gemm else None, ".0f", 100), _cell(r.get("peak_bytes"), ".3g", 1e-9),
-            _cell(r.get("relative_error"), ".1e"), r["status"],
-        )  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
+    columns = {
+        "case": lambda r: r["case"],
+        "shape": _sizes,
+        "dtype": lambda r: r["dtype"],
+        "implementation": lambda r: r["impl"],
+        "compile s": lambda r: _number(r.get("compile_seconds"), ".1f"),
+        "median ms": lambda r: _number(r.get("median_seconds"), ".3f", 1e3),
+        "IQR ms": lambda r: _number(r.get("iqr_seconds"), ".3f", 1e3),
+        "TFLOP/s": lambda r: _number(r.get("tflops"), ".3g"),
+        "% of gemm": lambda r: _number(r.get("tflops"), ".0f", 100 / gemm if gemm else None),
+        "peak GB": lambda r: _number(r.get("peak_bytes"), ".3g", 1e-9),
+        "rel. error": lambda r: _number(r.get("relative_error"), ".1e"),
+        "status": lambda r: r["status"],
+    }
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(cell(r) for cell in columns.values()) + " |" for r in rows]
     return "\n".join(lines)
 
 
-def _cell(value, form: str, scale: float = 1.0) -> str:
-    return "–" if value is None else format(value * scale, form)
+def _number(value, form: str, scale: float | None = 1.0) -> str:
+    return "–" if value is None or scale is None else format(value * scale, form)
 
 
 def rival(report: Report, tiny: bool, seconds: float, calls: int) -> str:
-    """Torch's attention at the same shapes, in a child process; returns what to say when there are no rows."""
+    """Torch's attention at the same shapes, in a child process; why there are no rows, or ""."""
     platform = PLATFORM.get(jax.default_backend())
     if importlib.util.find_spec("torch") is None or platform is None:
         return "No torch beside this run."
-    job = {"platform": platform, "shapes": SHEET_TINY if tiny else SHEET, "calls": calls}
-    command = [sys.executable, "-m", "lvjax.bench.torch_sdpa", json.dumps(job)]
+    shapes = attention.SHEET_TINY if tiny else attention.SHEET
+    job = json.dumps({"platform": platform, "shapes": shapes, "calls": calls})
+    command = [sys.executable, "-m", "lvjax.bench.torch_sdpa", job]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -111,7 +127,9 @@ def rival(report: Report, tiny: bool, seconds: float, calls: int) -> str:
         if "case" not in row:
             return row["note"] + "."
         report.add(row)
-    return "" if done.returncode == 0 else f"torch ended with {(done.stderr.strip() or 'no message').splitlines()[-1][:200]}."
+    if done.returncode:
+        return f"torch ended with {(done.stderr.strip() or 'no message').splitlines()[-1][:200]}."
+    return ""
 
 
 def run(folder: Path, seconds: float, tiny: bool, only: str = "", calls: int = 7) -> int:
@@ -139,8 +157,12 @@ def run(folder: Path, seconds: float, tiny: bool, only: str = "", calls: int = 7
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lvjax.bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="stop in time (default: 9)")
-    parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder for results.jsonl and report.md")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, as without an accelerator")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/gpu"), help="folder for results.jsonl and report.md"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="small sizes, as without an accelerator"
+    )
     parser.add_argument("--only", default="", help="only cases whose name holds this word")
     args = parser.parse_args(argv)
     # before jax touches the device: the rival needs some of its memory

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measuring one program on the device at hand: compile time, device time, memory, error; and what the machine is.
+"""Measuring one program on the device at hand: compile time, device time, memory, error.
 
-Owns: `Case` (what to measure), `run_case` (how), the facts of the machine.  Does not own: which cases (cases.py).
+Owns: `Case` (what to measure), `run_case` (how), the facts of the machine.  Does not own: which
+cases there are (cases_attention.py, cases_models.py).
 """
 
 import gc
@@ -21,11 +22,11 @@ import numpy as np
 
 WARM_UP = 3
 SAMPLE = 0.01
-"""Seconds that one timed sample lasts at least: calls are queued back to back, so that dispatch is hidden."""
+"""Seconds that a timed sample lasts at least; its calls are queued, which hides dispatch."""
 
 
 class Work(NamedTuple):
-    """A case made ready.  run(*args) is jitted; error(out) is its relative difference to the truth, or None."""
+    """A case made ready: run(*args) is what is jitted; error(out), its relative error, or None."""
 
     run: Callable
     args: tuple
@@ -36,10 +37,11 @@ class Work(NamedTuple):
 class Case:
     """One row of the report.
 
-    shape: names and sizes.  seconds: about what the whole case takes.  memory: bytes needed beside the inputs.
-    tolerance: relative error above which the case fails, None where there is no truth to compare with.
-    timed: False for a correctness case.  stable: two calls must agree to the bit.  flops: of one call.
-    precision: of float32 products ("highest" keeps a GPU from rounding them), None for jax's default.
+    shape: names and sizes.  seconds: about what the whole case takes.  memory: bytes needed beside
+    the inputs.  tolerance: relative error above which the case fails, None without a comparison.
+    timed: False for a correctness case.  stable: two calls must agree to the bit.  flops: of one
+    call.  precision: of float32 products ("highest": a GPU does not round their inputs), None for
+    jax's default.
     """
 
     name: str
@@ -104,7 +106,7 @@ def program_bytes(compiled) -> int | None:
 
 
 def sample_times(run: Callable, args: tuple, calls: int) -> list[float]:
-    """Seconds per call of `calls` samples after warm-up; a sample is one or more calls, waited for at the end."""
+    """Seconds per call of `calls` samples after warm-up; a sample is calls waited for together."""
 
     def seconds(n: int) -> float:
         start = time.perf_counter()
@@ -121,7 +123,11 @@ def sample_times(run: Callable, args: tuple, calls: int) -> list[float]:
 def spread(times: list[float]) -> dict:
     """Median and interquartile range."""
     low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
-    return {"median_seconds": float(median), "iqr_seconds": float(high - low), "samples": len(times)}
+    return {
+        "median_seconds": float(median),
+        "iqr_seconds": float(high - low),
+        "samples": len(times),
+    }
 
 
 def run_case(case: Case, calls: int = 7) -> dict:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rival of the attention rows: PyTorch's scaled_dot_product_attention with a named backend.
 
-Run as a process of its own (memory pools and threads of two libraries disturb each other):
-`python -m lvjax.bench.torch_sdpa '{"platform": "gpu", "shapes": [[4680, 512, 12]], "calls": 7}'`; prints one JSON line
-per row.  This is the one module of lvjax that imports torch, and nothing imports it.
+Run as a process of its own, since memory pools and threads of two libraries disturb each other:
+`python -m lvjax.bench.torch_sdpa '{"platform": "gpu", "shapes": [[4680, 512, 12]], "calls": 7}'`
+prints one JSON line per row.  This is the one module of lvjax that imports torch, and nothing
+imports it.
 """
 
 import json
@@ -46,7 +47,11 @@ def sample_times(run, calls: int, gpu: bool) -> list[float]:
 def measure(shape, backend: str, calls: int, device: str) -> dict:
     """One row; the error is against float32 on some query rows, as in lvjax's own rows."""
     length, keys, heads = shape
-    row = {"case": "attention", "shape": {"L": length, "S": keys, "N": heads, "D": HEAD_DIM}, "dtype": "bfloat16"}
+    row = {
+        "case": "attention",
+        "shape": {"L": length, "S": keys, "N": heads, "D": HEAD_DIM},
+        "dtype": "bfloat16",
+    }
     row |= {"impl": f"torch SDPA {backend.removesuffix('_ATTENTION').lower()}"}
     draw = lambda n: torch.randn(1, heads, n, HEAD_DIM, device=device, dtype=torch.bfloat16)
     q, k, v = draw(length), draw(keys), draw(keys)

@@ -21,11 +21,20 @@ class Schedule:
     """sigmas: float64 [n+1], strictly falling, 1 = noise, 0 = data.  timesteps: float32 [n], the
     network's input.
 
-    A host value: close over it, do not pass it through `jit`.
+    A host value: close over it, do not pass it through `jit`.  Compares and hashes by value.
     """
 
     sigmas: np.ndarray
     timesteps: np.ndarray
+
+    def _key(self) -> tuple[bytes, bytes]:
+        return self.sigmas.tobytes(), self.timesteps.tobytes()
+
+    def __eq__(self, other):
+        return isinstance(other, Schedule) and self._key() == other._key()
+
+    def __hash__(self):
+        return hash(self._key())
 
     @property
     def steps(self) -> int:

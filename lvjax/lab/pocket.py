@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lvjax.core.errors import InputError
-from lvjax.core.params import init
+from lvjax.core.checkpoint import load_arrays, restore_tree
+from lvjax.core.errors import CheckpointError, InputError
+from lvjax.core.params import abstract, init
 from lvjax.data.clips import CLIP_FRAMES, ClipStore
 from lvjax.data.prompts import VOCABULARY
 from lvjax.models.config import DiTConfig, VAEConfig
@@ -65,8 +66,8 @@ class Recipe:
         Stage("vae_decoder", 2, CLIP_FRAMES, TrainOptions(3000, 1e-3, 80, 0.2, ema=0.998), ("decoder", "post_quant")),
     )
     extension: tuple[Stage, ...] = (
-        Stage("dit_short", 8, 3, TrainOptions(1500, 1.2e-3, 150, 1.0, weight_decay=0.01)),
-        Stage("dit", 8, 5, TrainOptions(12000, 1.2e-3, 100, 0.6, weight_decay=0.01)),
+        Stage("dit_short", 8, 3, TrainOptions(1000, 1.2e-3, 150, 1.0, weight_decay=0.01)),
+        Stage("dit", 8, 5, TrainOptions(3000, 1.2e-3, 100, 0.5, weight_decay=0.01)),
         Stage("dit_memory", 8, 5, TrainOptions(2000, 5e-4, 50, 0.2, weight_decay=0.01), memory=1),
     )
     seed: int = 0
@@ -94,12 +95,36 @@ def train(recipe: Recipe, run: Run) -> Bundle | None:
         return None
     latents, cfg = encode_store(recipe, run, store, vae)
     dit = train_extension(recipe, run, store, latents)
-    fine = train_decoder(recipe, dataclasses.replace(cfg), run, store, vae) if dit is not None else None
-    if fine is None:
+    if dit is None or train_decoder(recipe, cfg, run, store, vae) is None:
         return None
-    bundle = Bundle("pocket", recipe.dit, cfg, recipe.text, dataclasses.replace(recipe.defaults, layers=memory_layers(recipe.dit)), {"vae": fine, **dit})
+    bundle = assemble(recipe, run.folder)
     save(Path(run.folder) / "bundle", bundle)
     return bundle
+
+
+def assemble(recipe: Recipe, folder) -> Bundle:
+    """The bundle of a run that may still be going on: the EMA of the newest snapshot of each part.
+
+    A DiT that has not been trained with memory yet gets a bank of one clip, its own.
+    Raises: CheckpointError when a part has no snapshot yet.
+    """
+    folder = Path(folder)
+    vae = newest(folder, recipe.autoencoder + recipe.decoder, vae_spec(recipe.vae))
+    dit = newest(folder, recipe.extension, {"dit": dit_spec(recipe.dit), "text": text_spec(recipe.text)})
+    stats = json.loads((folder / "latents.json").read_text())
+    cfg = dataclasses.replace(recipe.vae, mean=tuple(stats["mean"]), std=tuple(stats["std"]))
+    remembers = any(stage.memory and (folder / stage.name / "snapshot.safetensors").exists() for stage in recipe.extension)
+    defaults = dataclasses.replace(recipe.defaults, layers=memory_layers(recipe.dit), capacity=recipe.defaults.capacity if remembers else 1)
+    return Bundle("pocket", recipe.dit, cfg, recipe.text, defaults, {"vae": vae, **dit})
+
+
+def newest(folder: Path, stages: tuple[Stage, ...], spec):
+    """EMA parameters of the last of `stages` that has a snapshot."""
+    paths = [p for stage in stages if (p := folder / stage.name / "snapshot.safetensors").exists()]
+    if not paths:
+        raise CheckpointError(f"no snapshot of {[s.name for s in stages]} in {folder}; train first")
+    arrays, _ = load_arrays(paths[-1])
+    return restore_tree(abstract(spec), {k[4:]: v for k, v in arrays.items() if k.startswith("ema/")}, str(paths[-1]))
 
 
 def memory_layers(cfg: DiTConfig) -> tuple[int, int]:

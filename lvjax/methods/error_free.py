@@ -6,11 +6,11 @@ paper is silent the defaults are our reading of it.
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 
 from jax.tree_util import Partial
 
 from lvjax.core.errors import InputError
+from lvjax.core.functional import bound
 from lvjax.flow.sampling import sample
 from lvjax.flow.schedule import Schedule, make_schedule
 from lvjax.memory.cache import init_cache
@@ -70,12 +70,12 @@ def error_free(
             f"positions={settings.positions!r} is unknown; choose one of {list(POSITIONS)}"
         )
     model = ClipModel(
-        denoise=Partial(partial(_denoise, cfg=dit_cfg), weights["dit"]),
-        rotation=Partial(partial(_rotation, cfg=dit_cfg)),
-        encode=Partial(partial(encode, cfg=vae_cfg), weights["vae"]),
-        decode=Partial(partial(decode, cfg=vae_cfg), weights["vae"]),
+        denoise=Partial(bound(_denoise, cfg=dit_cfg), weights["dit"]),
+        rotation=Partial(bound(_rotation, cfg=dit_cfg)),
+        encode=Partial(bound(encode, cfg=vae_cfg), weights["vae"]),
+        decode=Partial(bound(decode, cfg=vae_cfg), weights["vae"]),
     )
-    sampler = partial(
+    sampler = bound(
         sample,
         schedule=settings.schedule,
         solver=settings.solver,

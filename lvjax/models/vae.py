@@ -113,10 +113,13 @@ def _encode(params, state, video, cfg: VAEConfig):
         return state, conv2d(params["quant"], x).astype(jnp.float32)
 
 
-def _in_pieces(step, state, x, size: int, piece: int | str):
-    """Outputs of `step` over x [B,n*size,...] in pieces of `piece` * size frames, as a list."""
+def _check_piece(piece: int | str) -> None:
     if piece != "all" and (not isinstance(piece, int) or piece < 1):
         raise InputError(f"piece={piece!r}; give a number of latent frames from 1, or 'all'")
+
+
+def _in_pieces(step, state, x, size: int, piece: int | str):
+    """Outputs of `step` over x [B,n*size,...] in pieces of `piece` * size frames, as a list."""
     n = x.shape[1] // size
     if n == 0:
         return []
@@ -159,6 +162,7 @@ def decode(params, latents, cfg: VAEConfig, piece: int | str = 1, clamp: bool = 
     Raises: InputError for another shape or an unknown piece.
     """
     expect(latents, "B T H W C", "latents", C=cfg.z)
+    _check_piece(piece)
     state, first = decode_start(params, latents[:, :1], cfg)
 
     def step(state, latents):
@@ -219,6 +223,7 @@ def encode_moments(params, video, cfg: VAEConfig, piece: int | str = "all"):
     clipped to [-30,20].  Raises: InputError naming the nearest legal frame counts or sizes.
     """
     check_video(video, cfg)
+    _check_piece(piece)
     state, first = _encode(params, None, video[:, :1], cfg)
 
     def step(state, frames):

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from jax.tree_util import Partial
 
 from lvjax.core.errors import InputError
+from lvjax.core.functional import bound
 from lvjax.core.mesh import partition
 from lvjax.core.shapes import expect
 from lvjax.flow.guidance import doubled, guided
@@ -202,7 +203,7 @@ def clipwise(model: ClipModel, sampler: Callable, knobs: Knobs) -> Method:
     init(cache, condition, keys): an empty bank, the first condition, one typed key per row [B].
     step: `Clip` in; (latents [B,T,h,w,z], frames [B,P,H,W,3]) out, the given frames included.
     """
-    step = partial(_step, sampler=sampler, knobs=knobs)
+    step = bound(_step, sampler=sampler, knobs=knobs)
     return Method(init=partial(_init, knobs=knobs), step=Partial(step, model))
 
 

@@ -78,14 +78,15 @@ def make_step(loss: Callable, optimizer, o: TrainOptions, trainable: Callable[[s
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
         if trainable is not None:
             grads = {k: g if trainable(k) else jax.tree.map(jnp.zeros_like, g) for k, g in grads.items()}
-        updates, opt = optimizer.update(grads, state.opt, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 counter with floats
+            updates, opt = optimizer.update(grads, state.opt, state.params)
         if trainable is not None:
             updates = {k: u if trainable(k) else jax.tree.map(jnp.zeros_like, u) for k, u in updates.items()}
         params = optax.apply_updates(state.params, updates)
         n = state.step.astype(jnp.float32)
         decay = jnp.minimum(o.ema, (1 + n) / (10 + n))
         ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
-        metrics = metrics | {"loss": value, "grad_norm": optax.global_norm(grads)}
+        metrics = metrics | {"loss": value, "grad_norm": optax.tree.norm(grads)}
         return TrainState(params, ema, opt, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)

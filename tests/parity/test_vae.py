@@ -235,10 +235,9 @@ def official_name(name):
     )
 
 
+@pytest.mark.parametrize("pair", [WAN], ids=["wan"], indirect=True)
 def test_official_names_give_the_same_parameters(pair):
     model, cfg, params = pair
-    if cfg is not WAN:
-        pytest.skip("the official layout is that of the published topology")
     arrays = {official_name(name): a.numpy() for name, a in model.state_dict().items()}
     assert {"conv1.weight", "decoder.upsamples.3.time_conv.weight", "encoder.head.0.gamma"} <= set(
         arrays
