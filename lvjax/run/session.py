@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lvjax.core.errors import InputError, NonFiniteError
+from lvjax.core.mesh import make_mesh
 from lvjax.data.prompts import VOCABULARY, encode
 from lvjax.flow.schedule import make_schedule
 from lvjax.memory.placement import plan_bank
@@ -22,7 +24,7 @@ from lvjax.methods import METHODS, ErrorFree
 from lvjax.models.dit import embed_context
 from lvjax.models.pocket_text import encode_text
 from lvjax.models.vae import encode as encode_video
-from lvjax.rollout.clipwise import Clip, first_condition, pixel_frames
+from lvjax.rollout.clipwise import Clip, first_condition, pixel_frames, shard_state
 from lvjax.rollout.method import Method, stream
 from lvjax.run.bundle import Bundle
 
@@ -89,7 +91,7 @@ class Session:
     def with_key(self, key) -> "Session":
         """The same run with the noise of a typed key instead of the request's seed."""
         data = jax.random.key_data(row_keys(key, self.state.condition.shape[0]))
-        return dataclasses.replace(self, state=self.state.replace(key=jnp.array(data)))
+        return dataclasses.replace(self, state=self.state.replace(key=jax.device_put(data, self.state.key.sharding)))
 
     def frames_before(self, clip: int) -> int:
         """Pixel frames shown before clip number `clip`."""
@@ -194,11 +196,13 @@ def open_session(bundle: Bundle, request: Request) -> Session:
     batch = len(request.timelines)
     stride = bundle.vae.spatial_stride
     size = (batch, d.clip_latents, height // stride, width // stride, bundle.vae.z)
+    mesh = data_mesh(batch)
+    bundle = dataclasses.replace(bundle, params=jax.device_put(bundle.params, NamedSharding(mesh, PartitionSpec())))
     method = METHODS[request.method](bundle.params, bundle.dit, bundle.vae, settings)
     given, source = _start(bundle, request, (height, width), batch)
     keys = row_keys(jax.random.key(request.seed), batch)
     condition = first_condition(_encoder(bundle), source, size, fill=d.fill if source is not None else "latent", overlap=d.overlap)
-    state = method.init(condition, keys)
+    state = shard_state(method.init(condition, keys), mesh)
     skip, shared = max(given - 1, 0), pixel_frames(d.overlap)
     new = pixel_frames(d.clip_latents) - shared
     whole = pixel_frames(d.clip_latents) - skip
@@ -207,10 +211,18 @@ def open_session(bundle: Bundle, request: Request) -> Session:
     contexts = _Contexts(bundle, request.negative, settings.guidance is not None)
     plan = plan_bank(np.stack([contexts.embedding(p) for p in prompts]), d.capacity)
 
+    rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "data"), ()))
+
     def clip(i: int) -> Clip:
-        return Clip(contexts(prompts[i]), jnp.asarray(plan.slot[i]), jnp.asarray(plan.visible[i]))
+        place = jax.device_put((plan.slot[i], plan.visible[i]), everywhere)
+        return Clip(jax.device_put(contexts(prompts[i]), rows), *place)
 
     return Session(method, state, num_clips, request.frames, skip, shared, clip, notices)
+
+
+def data_mesh(batch: int):
+    """A mesh over as many devices as divide the batch: the rows are spread over `data`, the rest is on every device."""
+    return make_mesh(data=max(n for n in range(1, jax.device_count() + 1) if batch % n == 0))
 
 
 def _encoder(bundle: Bundle):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lvjax.core.checkpoint import load_arrays, restore_tree, save_arrays, tree_arrays
@@ -18,12 +17,12 @@ def save_state(path, state, meta: dict[str, Any]) -> None:
 
 
 def load_state(path, like) -> tuple[Any, dict[str, Any]]:
-    """Returns (state on the device, meta).
+    """Returns (state, laid out over the devices like `like`; meta).
 
     Raises: CheckpointError naming the file, and the array that is damaged or of another run.
     """
     arrays, meta = load_arrays(path)
-    return jax.tree.map(jnp.array, restore_tree(like, arrays, str(path))), meta
+    return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), restore_tree(like, arrays, str(path)), like), meta
 
 
 def load_meta(path) -> dict[str, Any]:

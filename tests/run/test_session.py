@@ -60,6 +60,15 @@ def test_batch_rows_equal_single_runs(bundle):
     np.testing.assert_allclose(whole.latents[:, :1], single.latents, atol=1e-5, rtol=1e-5)
 
 
+def test_a_batch_is_spread_over_the_devices(bundle):
+    prompts = [[PROMPT]] * 7 + [["a red circle moves up"]]
+    session = lvjax.prepare(bundle, prompts, num_frames=29)
+    assert len(session.state.condition.sharding.device_set) == 8
+    latents = np.stack([np.asarray(c.latents) for c in session.run()])
+    last = lvjax.generate(bundle, prompts[:1], num_frames=29)
+    np.testing.assert_allclose(latents[:, :1], last.latents, atol=1e-5, rtol=1e-5)
+
+
 def test_key_and_seed_agree_and_callback_is_called(bundle):
     calls = []
     a = lvjax.generate(bundle, PROMPT, num_frames=29, key=jax.random.key(5), callback=lambda c: calls.append(c.clip))
