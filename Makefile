@@ -2,10 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH ?= torch==2.13.0
-DEMO_PROMPTS := --prompt "the camera pans left over a landscape" \
-	--prompt "the camera is still over a landscape, a red circle moves right" \
-	--prompt "the camera pans up over a landscape" \
-	--prompt "the camera zooms out over a landscape, a blue square moves down"
 
 .PHONY: demo test test-long gpu gpu-train train-pocket clean
 
@@ -21,7 +17,7 @@ $(BIN)/.test: $(BIN)/.core
 	touch $@
 
 demo: $(BIN)/.core
-	$(BIN)/lvjax generate --image lvjax/assets/photos/mountains.jpg $(DEMO_PROMPTS) --seconds 60 --seed 1 --out demo.mp4 --overwrite
+	$(BIN)/lvjax generate --config demo --out demo.mp4 --overwrite
 
 test: $(BIN)/.test
 	$(BIN)/python -m pytest -q tests

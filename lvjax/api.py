@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Python face: `load`, `generate`, `stream`, with the argument names that diffusers' users know.
 
-    import jax, lvjax
-    pocket = lvjax.load("pocket")
-    video = lvjax.generate(pocket, "the camera pans left over a landscape", num_frames=121, key=jax.random.key(0))
-    video.frames[0]   # uint8 [P, H, W, 3]
+import jax, lvjax
+pocket = lvjax.load("pocket")
+video = lvjax.generate(pocket, "the camera pans left over a landscape", num_frames=121, key=jax.random.key(0))
+video.frames[0]   # uint8 [P, H, W, 3]
 """
 
 from collections.abc import Callable, Iterator
@@ -75,12 +75,28 @@ def prepare(
     if image is not None and video is not None:
         raise InputError("both image and video are given; give one of them")
     size = (height or d.size[0], width or d.size[1])
-    frames = frame_count(seconds, d.fps) if seconds is not None else num_frames or 1 + 4 * (d.clip_latents - 1)
+    frames = (
+        frame_count(seconds, d.fps)
+        if seconds is not None
+        else num_frames or 1 + 4 * (d.clip_latents - 1)
+    )
     start = None if image is None else fit_image(np.asarray(image), size)
     if video is not None:
-        start = np.stack([fit_image(f, size) for f in np.asarray(video)[-(1 + 4 * (d.overlap - 1)) :]])
+        start = np.stack(
+            [fit_image(f, size) for f in np.asarray(video)[-(1 + 4 * (d.overlap - 1)) :]]
+        )
     rows = tuple(_timeline(p, frames, d.fps) for p in _rows(prompt))
-    request = Request(rows, frames, negative_prompt, start, size, num_inference_steps, guidance_scale, seed, method)
+    request = Request(
+        rows,
+        frames,
+        negative_prompt,
+        start,
+        size,
+        num_inference_steps,
+        guidance_scale,
+        seed,
+        method,
+    )
     return open_session(bundle, request)
 
 
@@ -90,7 +106,14 @@ def stream(bundle: Bundle, prompt, **options) -> Iterator[ClipResult]:
     yield from prepare(bundle, prompt, **options).run()
 
 
-def generate(bundle: Bundle, prompt, *, key=None, callback: Callable[[ClipResult], None] | None = None, **options) -> Video:
+def generate(
+    bundle: Bundle,
+    prompt,
+    *,
+    key=None,
+    callback: Callable[[ClipResult], None] | None = None,
+    **options,
+) -> Video:
     """Make a whole video in memory.  Options as in `prepare`.
 
     key: a typed JAX key instead of `seed`.  callback: called after each clip.
@@ -126,4 +149,3 @@ def _timeline(prompts, frames: int, fps: int):
     if prompts and not isinstance(prompts[0], str):
         return tuple((float(t), p) for t, p in prompts)
     return spread(prompts, frames, fps)
-

@@ -17,7 +17,9 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("LVJAX_TINY", "1")
     notebook = nbformat.read(path, as_version=4)
     assert not any(c.get("outputs") for c in notebook.cells), "clear the outputs before committing"
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     json.dumps(notebook)
 
 

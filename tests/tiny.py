@@ -9,7 +9,18 @@ from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.pocket_text import PocketTextConfig
 from lvjax.run.bundle import Bundle, Defaults, specs
 
-DIT = DiTConfig(32, 2, 2, 48, condition_channels=20, patch=(1, 1, 1), text_dim=16, text_len=16, freq_dim=32, dtype="float32")
+DIT = DiTConfig(
+    32,
+    2,
+    2,
+    48,
+    condition_channels=20,
+    patch=(1, 1, 1),
+    text_dim=16,
+    text_len=16,
+    freq_dim=32,
+    dtype="float32",
+)
 VAE = VAEConfig(8, 16, (1, 1, 2), 1, (True, True), 2, (0.0,) * 16, (1.0,) * 16)
 TEXT = PocketTextConfig(len(VOCABULARY) + 1, dim=16)
 DEFAULTS = Defaults(size=(16, 16), steps=4, upscale=2)

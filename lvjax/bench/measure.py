@@ -78,7 +78,7 @@ def machine() -> dict:
 
 
 def commit() -> str | None:
-    """The commit of the source tree this file is in; None when it is installed or git is not there."""
+    """The commit of the source tree that holds this file; None without one or without git."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

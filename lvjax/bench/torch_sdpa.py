@@ -47,14 +47,11 @@ def sample_times(run, calls: int, gpu: bool) -> list[float]:
 def measure(shape, backend: str, calls: int, device: str) -> dict:
     """One row; the error is against float32 on some query rows, as in lvjax's own rows."""
     length, keys, heads = shape
-    row = {
-        "case": "attention",
-        "shape": {"L": length, "S": keys, "N": heads, "D": HEAD_DIM},
-        "dtype": "bfloat16",
-    }
-    row |= {"impl": f"torch SDPA {backend.removesuffix('_ATTENTION').lower()}"}
-    draw = lambda n: torch.randn(1, heads, n, HEAD_DIM, device=device, dtype=torch.bfloat16)
-    q, k, v = draw(length), draw(keys), draw(keys)
+    sizes = {"L": length, "S": keys, "N": heads, "D": HEAD_DIM}
+    impl = f"torch SDPA {backend.removesuffix('_ATTENTION').lower()}"
+    row = {"case": "attention", "shape": sizes, "dtype": "bfloat16", "impl": impl}
+    kind = {"device": device, "dtype": torch.bfloat16}
+    q, k, v = (torch.randn(1, heads, n, HEAD_DIM, **kind) for n in (length, keys, keys))
     gpu = device == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats()

@@ -19,7 +19,10 @@ def find(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    homes = (Path(str(resources.files("lvjax") / "configs")), Path(__file__).resolve().parents[2] / "configs")
+    homes = (
+        Path(str(resources.files("lvjax") / "configs")),
+        Path(__file__).resolve().parents[2] / "configs",
+    )
     for home in homes:
         if (found := home / f"{Path(name).stem}.py").is_file():
             return found
@@ -57,7 +60,11 @@ def _assign(config, key: str, value) -> None:
     for name in (*parents, last):
         if name not in config:
             near = difflib.get_close_matches(name, list(config), n=1, cutoff=0.0)
-            raise InputError(f"--set {key}: unknown key {name!r}; did you mean {near[0]!r}?" if near else f"--set {key}: {name!r} has no keys")
+            raise InputError(
+                f"--set {key}: unknown key {name!r}; did you mean {near[0]!r}?"
+                if near
+                else f"--set {key}: {name!r} has no keys"
+            )
         if name is not last:
             config = config[name]
     try:

@@ -24,20 +24,49 @@ from lvjax.run.plan import check_plan, make_plan
 from lvjax.run.session import Request, check_frames, check_size, check_timeline, frame_count, spread
 from lvjax.run.signals import stoppable
 
-OPTIONS = ("prompt", "timeline", "prompt_file", "num_videos", "negative_prompt", "image", "video", "seconds", "frames", "size", "steps", "guidance", "seed", "method", "model")
+OPTIONS = (
+    "prompt",
+    "timeline",
+    "prompt_file",
+    "num_videos",
+    "negative_prompt",
+    "image",
+    "video",
+    "seconds",
+    "frames",
+    "size",
+    "steps",
+    "guidance",
+    "seed",
+    "method",
+    "model",
+)
 SECONDS = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--prompt", action="append", metavar="TEXT", help="what happens; repeat it for a sequence, spread evenly over the video")
-    add("--timeline", metavar="FILE", help='a prompt per time: lines such as "3.5 the camera pans left"')
+    add(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="what happens; repeat it for a sequence, spread evenly over the video",
+    )
+    add(
+        "--timeline",
+        metavar="FILE",
+        help='a prompt per time: lines such as "3.5 the camera pans left"',
+    )
     add("--prompt-file", metavar="FILE", help="a batch: one prompt per line, one video each")
     add("--num-videos", type=int, help="videos per prompt, with different noise (default: 1)")
     add("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
     add("--image", metavar="FILE", help="the first frame")
     add("--video", metavar="FILE", help="a video to continue")
-    add("--seconds", type=float, help=f"length; gives 1 + 4·round(s·fps/4) frames (default: {SECONDS:g})")
+    add(
+        "--seconds",
+        type=float,
+        help=f"length; gives 1 + 4·round(s·fps/4) frames (default: {SECONDS:g})",
+    )
     add("--frames", type=int, help="length in frames, 1 + 4m")
     add("--size", metavar="WxH", help="picture size of the model's own frames, for example 64x64")
     add("--steps", type=int, help="sampler steps")
@@ -46,7 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--method", choices=sorted(METHODS), help="default: error_free")
     add("--model", help='"pocket" (default) or a folder')
     add("--config", help="a config file or name with any of these settings")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change the config, for example --set defaults.shift=5.0")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the config, for example --set defaults.shift=5.0",
+    )
     add("--out", default="out.mp4", metavar="FILE", help="default: out.mp4")
     add("--overwrite", action="store_true", help="replace a video that is already there")
     add("--resume", action="store_true", help="continue the interrupted run that wrote --out")
@@ -62,7 +97,11 @@ def run(args) -> int:
         if args.resume and (card := job.saved_card(output)) is not None:
             bundle = load(card["options"]["model"])
             _same_weights(card, bundle)
-        elif args.resume and output.exists() and not (args.prompt or args.timeline or args.prompt_file):
+        elif (
+            args.resume
+            and output.exists()
+            and not (args.prompt or args.timeline or args.prompt_file)
+        ):
             print(f"{output} is already complete")
             return 0
         else:
@@ -79,7 +118,9 @@ def _start(args, output: Path) -> Bundle:
     rows = len(request.timelines)
     if not args.overwrite and any(p.exists() for p in job.outputs(output, rows)):
         unfinished = " (unfinished: --resume goes on)" if job.state_path(output).exists() else ""
-        raise InputError(f"{output} already exists{unfinished}; choose another --out or add --overwrite")
+        raise InputError(
+            f"{output} already exists{unfinished}; choose another --out or add --overwrite"
+        )
     given = 0 if request.start is None else len(request.start)
     plan = make_plan(bundle, batch=rows, size=request.size, frames=request.frames, given=given)
     if not args.quiet:
@@ -88,24 +129,40 @@ def _start(args, output: Path) -> Bundle:
     for notice in notices:
         print(f"note: {notice}", file=sys.stderr)
     inputs = {k: cards.file_hash(options[k]) for k in ("image", "video") if options.get(k)}
-    card = cards.make_card(job.options_of(request, bundle, options.get("model") or "pocket"), weights=bundle.hashes, inputs=inputs)
+    card = cards.make_card(
+        job.options_of(request, bundle, options.get("model") or "pocket"),
+        weights=bundle.hashes,
+        inputs=inputs,
+    )
     job.start(bundle, request, output, card)
     return bundle
 
 
 def _same_weights(card, bundle: Bundle) -> None:
     if card["weights"] != bundle.hashes:
-        raise InputError(f"the run was begun with other weights of {bundle.name}; put them back or start again with --overwrite")
+        raise InputError(
+            f"the run was begun with other weights of {bundle.name}; put them back or start again with --overwrite"
+        )
 
 
 def _options(args) -> dict:
     """Settings from the config, then the command line; "defaults" is a function Defaults -> Defaults."""
-    loaded = configs.load(args.config, [c for c in args.set if not c.startswith("defaults.")]) if args.config else {}
+    loaded = (
+        configs.load(args.config, [c for c in args.set if not c.startswith("defaults.")])
+        if args.config
+        else {}
+    )
     if unknown := sorted(set(loaded) - set(OPTIONS) - {"defaults"}):
-        raise InputError(f"{args.config}: {unknown[0]!r} is no setting of generate; allowed are {', '.join(OPTIONS)} and defaults")
-    options = {k: loaded.get(k) for k in OPTIONS} | {k: v for k in OPTIONS if (v := getattr(args, k)) is not None}
+        raise InputError(
+            f"{args.config}: {unknown[0]!r} is no setting of generate; allowed are {', '.join(OPTIONS)} and defaults"
+        )
+    options = {k: loaded.get(k) for k in OPTIONS} | {
+        k: v for k in OPTIONS if (v := getattr(args, k)) is not None
+    }
     if not args.config and any(not c.startswith("defaults.") for c in args.set):
-        raise InputError(f"--set {args.set[0]}: without --config only defaults.KEY=VALUE can be set")
+        raise InputError(
+            f"--set {args.set[0]}: without --config only defaults.KEY=VALUE can be set"
+        )
     changes = [c.removeprefix("defaults.") for c in args.set if c.startswith("defaults.")]
     options["defaults"] = lambda d: configs.changed(d, dict(loaded.get("defaults") or {}), changes)
     return options
@@ -118,7 +175,11 @@ def make_request(bundle: Bundle, options: dict) -> tuple[Request, list[str]]:
         raise InputError("both --seconds and --frames are given; give one of them")
     if options.get("image") and options.get("video"):
         raise InputError("both --image and --video are given; give one of them")
-    frames = options["frames"] if options.get("frames") is not None else frame_count(SECONDS if options.get("seconds") is None else options["seconds"], d.fps)
+    frames = (
+        options["frames"]
+        if options.get("frames") is not None
+        else frame_count(SECONDS if options.get("seconds") is None else options["seconds"], d.fps)
+    )
     size = check_size(_size(options["size"]) if options.get("size") else d.size, bundle)
     start, notices = _start_frames(options, size, d)
     count = 1 if options.get("num_videos") is None else options["num_videos"]
@@ -135,7 +196,7 @@ def make_request(bundle: Bundle, options: dict) -> tuple[Request, list[str]]:
 
 
 def _size(text: str) -> tuple[int, int]:
-    """"WxH" -> (height, width)."""
+    """ "WxH" -> (height, width)."""
     found = re.fullmatch(r"(\d{1,6})[x×](\d{1,6})", str(text).strip())
     if not found:
         raise InputError(f"--size is {text!r}; write WIDTHxHEIGHT, for example 64x64")
@@ -175,7 +236,9 @@ def _timelines(options: dict, frames: int, fps: int) -> list:
 def _moment(line: str, source) -> tuple[float, str]:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)s?[:,\s]\s*(.*)", line)
     if not found or not found[2]:
-        raise InputError(f"{source}: {line!r} is not a time and a prompt; write for example: 3.5 the camera pans left")
+        raise InputError(
+            f"{source}: {line!r} is not a time and a prompt; write for example: 3.5 the camera pans left"
+        )
     return float(found[1]), found[2]
 
 
@@ -183,7 +246,9 @@ def _text(path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"cannot read {path} ({e.strerror if isinstance(e, OSError) else 'not UTF-8 text'})") from e
+        raise InputError(
+            f"cannot read {path} ({e.strerror if isinstance(e, OSError) else 'not UTF-8 text'})"
+        ) from e
 
 
 def _proceed(bundle: Bundle, output: Path, quiet: bool) -> int:
@@ -198,12 +263,19 @@ def _proceed(bundle: Bundle, output: Path, quiet: bool) -> int:
                 bar.update(p.frame - bar.n)
             elif not quiet:
                 rate = (p.frame - last) / max(time.monotonic() - began, 1e-9)
-                print(f"clip {p.clip}/{p.clips}: {p.frame}/{p.frames} frames, {rate:.1f} frames/s, {(p.frames - p.frame) / rate:.0f} s left", file=sys.stderr, flush=True)
+                print(
+                    f"clip {p.clip}/{p.clips}: {p.frame}/{p.frames} frames, {rate:.1f} frames/s, {(p.frames - p.frame) / rate:.0f} s left",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 began, last = time.monotonic(), p.frame
         if bar:
             bar.close()
         if job.state_path(output).exists():
-            print(f"lvjax: stopped after a finished clip; `lvjax generate --resume --out {output}` goes on", file=sys.stderr)
+            print(
+                f"lvjax: stopped after a finished clip; `lvjax generate --resume --out {output}` goes on",
+                file=sys.stderr,
+            )
             return stop.code
     if not quiet:
         print(f"wrote {output}")

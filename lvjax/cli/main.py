@@ -34,7 +34,9 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+        sub.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
+        )
         if name in argv:
             importlib.import_module(f"lvjax.cli.{name}").add_arguments(sub)
     return parser
@@ -49,16 +51,29 @@ def main(argv: list[str] | None = None) -> int:
     except LvjaxError as e:
         return _end(e, e.code, args.debug)
     except MemoryError as e:
-        return _end(DoesNotFitError(f"out of memory ({e}); use a smaller --size, --num-videos or --steps"), 4, args.debug)
+        return _end(
+            DoesNotFitError(f"out of memory ({e}); use a smaller --size, --num-videos or --steps"),
+            4,
+            args.debug,
+        )
     except KeyboardInterrupt:
         print("lvjax: interrupted", file=sys.stderr)
         return 130
     except Exception as e:  # noqa: BLE001  the edge of the program: device errors have no common type
         if "RESOURCE_EXHAUSTED" in str(e):
-            return _end(DoesNotFitError("the device ran out of memory; use a smaller --size, --num-videos or --steps"), 4, args.debug)
+            return _end(
+                DoesNotFitError(
+                    "the device ran out of memory; use a smaller --size, --num-videos or --steps"
+                ),
+                4,
+                args.debug,
+            )
         if args.debug:
             raise
-        print(f"lvjax: unexpected {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}; rerun with --debug and report it", file=sys.stderr)
+        print(
+            f"lvjax: unexpected {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}; rerun with --debug and report it",
+            file=sys.stderr,
+        )
         return 1
 
 

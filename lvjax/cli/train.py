@@ -12,9 +12,17 @@ from lvjax.lab.pocket import Recipe, Run, train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default="pocket", help="a config file or name (default: pocket)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the config")
-    parser.add_argument("--folder", default="runs/pocket", help="where the run lives; it goes on from the newest snapshot there")
+    parser.add_argument(
+        "--config", default="pocket", help="a config file or name (default: pocket)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change the config"
+    )
+    parser.add_argument(
+        "--folder",
+        default="runs/pocket",
+        help="where the run lives; it goes on from the newest snapshot there",
+    )
     parser.add_argument("--minutes", type=float, help="stop after this long, snapshot saved")
 
 
@@ -23,8 +31,14 @@ def run(args) -> int:
         raise InputError(f"--minutes is {args.minutes}; give a positive number")
     enable_compilation_cache()
     recipe = config.build(Recipe, config.load(args.config, args.set))
-    bundle = train(recipe, Run(Path(args.folder), args.minutes and 60 * args.minutes, report=_report))
-    print(f"model saved in {args.folder}/bundle" if bundle else f"stopped by the time limit; the same command goes on from {args.folder}")
+    bundle = train(
+        recipe, Run(Path(args.folder), args.minutes and 60 * args.minutes, report=_report)
+    )
+    print(
+        f"model saved in {args.folder}/bundle"
+        if bundle
+        else f"stopped by the time limit; the same command goes on from {args.folder}"
+    )
     return 0
 
 

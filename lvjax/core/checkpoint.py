@@ -12,13 +12,17 @@ import zlib
 from pathlib import Path
 
 import jax
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
+import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as st_load
 from safetensors.numpy import save as st_save
 
 from lvjax.core.errors import CheckpointError, StorageError
+
+DTYPES = {
+    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "U32": np.uint32, "I32": np.int32,
+    "U64": np.uint64, "I64": np.int64, "F16": np.float16, "F32": np.float32, "F64": np.float64, "C64": np.complex64,
+    "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+}  # fmt: skip
 
 
 def write_atomic(path, data: bytes) -> None:
@@ -29,7 +33,9 @@ def write_atomic(path, data: bytes) -> None:
     path = Path(path)
     tmp = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as f:
             tmp = f.name
             f.write(data)
             f.flush()
@@ -39,7 +45,9 @@ def write_atomic(path, data: bytes) -> None:
     except OSError as e:
         if tmp and os.path.exists(tmp):
             os.unlink(tmp)
-        raise StorageError(f"cannot write {path}: {e.strerror or e}; free space or choose another place") from e
+        raise StorageError(
+            f"cannot write {path}: {e.strerror or e}; free space or choose another place"
+        ) from e
 
 
 def checksum(a: np.ndarray) -> int:
@@ -51,8 +59,19 @@ def save_arrays(path, arrays: dict[str, np.ndarray], meta: dict | None = None) -
     arrays = {k: np.asarray(v, order="C") for k, v in arrays.items()}
     text = json.dumps(meta or {}, sort_keys=True)
     crc = {k: checksum(v) for k, v in arrays.items()}
-    head = {"format": "lvjax-arrays/1", "meta": text, "meta_crc32": str(zlib.crc32(text.encode())), "crc32": json.dumps(crc, sort_keys=True)}
+    head = {
+        "format": "lvjax-arrays/1",
+        "meta": text,
+        "meta_crc32": str(zlib.crc32(text.encode())),
+        "crc32": json.dumps(crc, sort_keys=True),
+    }
     write_atomic(path, st_save(arrays, metadata=head))
+
+
+def _array(entry: dict, body: memoryview) -> np.ndarray:
+    """One array of a safetensors body; safetensors' own numpy loader has no bfloat16 or float8."""
+    start, end = entry["data_offsets"]
+    return np.frombuffer(body[start:end], DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def load_arrays(path) -> tuple[dict[str, np.ndarray], dict]:
@@ -66,25 +85,38 @@ def load_arrays(path) -> tuple[dict[str, np.ndarray], dict]:
     try:
         data = path.read_bytes()
         size = int.from_bytes(data[:8], "little")
-        head = json.loads(data[8 : 8 + size])["__metadata__"]
+        layout = json.loads(data[8 : 8 + size])
+        head = layout.pop("__metadata__")
         meta_text, crc = head["meta"], json.loads(head["crc32"])
-        arrays = st_load(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as e:
-        raise CheckpointError(f"{path} is not a readable lvjax file ({type(e).__name__}); restore it from its source") from e
-    if zlib.crc32(meta_text.encode()) != int(head.get("meta_crc32", -1)):
-        raise CheckpointError(f"{path}: the metadata does not match its checksum; restore the file from its source")
+        body = memoryview(data)[8 + size :]
+        arrays = {k: _array(entry, body) for k, entry in layout.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
+        raise CheckpointError(
+            f"{path} is not a readable lvjax file ({type(e).__name__}); restore it from its source"
+        ) from e
+    if str(zlib.crc32(meta_text.encode())) != head.get("meta_crc32"):
+        raise CheckpointError(
+            f"{path}: the metadata does not match its checksum; restore the file from its source"
+        )
     if set(crc) != set(arrays):
-        raise CheckpointError(f"{path}: the list of arrays does not match its header; restore the file from its source")
+        raise CheckpointError(
+            f"{path}: the list of arrays does not match its header; restore the file from its source"
+        )
     for name, a in arrays.items():
         if checksum(a) != crc[name]:
-            raise CheckpointError(f"{path}: array {name!r} does not match its checksum; restore the file from its source")
+            raise CheckpointError(
+                f"{path}: array {name!r} does not match its checksum; restore the file from its source"
+            )
     return arrays, json.loads(meta_text)
 
 
 def tree_arrays(tree) -> dict[str, np.ndarray]:
     """Any pytree of arrays as {"path/to/leaf": array} on the host."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in leaves
+    }
 
 
 def restore_tree(like, arrays: dict[str, np.ndarray], source: str = "the file"):
@@ -95,11 +127,17 @@ def restore_tree(like, arrays: dict[str, np.ndarray], source: str = "the file"):
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     if left := sorted(set(arrays) - set(names)):
-        raise CheckpointError(f"{source}: array {left[0]!r} belongs to another model or version ({len(left)} such arrays)")
+        raise CheckpointError(
+            f"{source}: array {left[0]!r} belongs to another model or version ({len(left)} such arrays)"
+        )
     for name, (_, leaf) in zip(names, leaves, strict=True):
         if name not in arrays:
-            raise CheckpointError(f"{source}: array {name!r} is missing; restore the file from its source")
+            raise CheckpointError(
+                f"{source}: array {name!r} is missing; restore the file from its source"
+            )
         a = arrays[name]
         if a.shape != leaf.shape or a.dtype != leaf.dtype:
-            raise CheckpointError(f"{source}: array {name!r} is {a.dtype}{list(a.shape)}, expected {leaf.dtype}{list(leaf.shape)}")
+            raise CheckpointError(
+                f"{source}: array {name!r} is {a.dtype}{list(a.shape)}, expected {leaf.dtype}{list(leaf.shape)}"
+            )
     return jax.tree_util.tree_unflatten(structure, [arrays[n] for n in names])

@@ -9,7 +9,9 @@ import jax
 
 def cache_dir() -> Path:
     """Where compiled programs are kept between runs ($LVJAX_CACHE_DIR, else the user's cache folder)."""
-    base = os.environ.get("LVJAX_CACHE_DIR") or os.path.join(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "lvjax")
+    base = os.environ.get("LVJAX_CACHE_DIR") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "lvjax"
+    )
     return Path(base)
 
 

@@ -33,7 +33,9 @@ class Param:
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
-            raise ValueError(f"Param{self.shape} needs {len(self.shape)} logical axes, got {self.axes}")
+            raise ValueError(
+                f"Param{self.shape} needs {len(self.shape)} logical axes, got {self.axes}"
+            )
 
 
 def is_param(x) -> bool:
@@ -60,7 +62,9 @@ def _draw(p: Param, key):
         bound = math.sqrt(6.0 / (p.shape[-2] + p.shape[-1]))
         return jax.random.uniform(key, p.shape, jnp.float32, -bound, bound).astype(dtype)
     if p.init == "fan_in":
-        fan_in = math.prod(n for n, a in zip(p.shape[:-1], p.axes[:-1], strict=True) if a != "layers")
+        fan_in = math.prod(
+            n for n, a in zip(p.shape[:-1], p.axes[:-1], strict=True) if a != "layers"
+        )
         std = 1.0 / math.sqrt(fan_in)
     else:
         std = float(p.init)
@@ -69,7 +73,12 @@ def _draw(p: Param, key):
 
 def init(spec: Spec, key) -> dict:
     """Draw a parameter tree; each leaf's key is folded from its path, so adding a leaf changes no other."""
-    return unflatten({path: _draw(p, jax.random.fold_in(key, zlib.crc32(path.encode()))) for path, p in flatten(spec).items()})
+    return unflatten(
+        {
+            path: _draw(p, jax.random.fold_in(key, zlib.crc32(path.encode())))
+            for path, p in flatten(spec).items()
+        }
+    )
 
 
 def abstract(spec: Spec):
@@ -93,4 +102,6 @@ def count(spec: Spec) -> int:
 
 def num_bytes(spec: Spec) -> int:
     """Bytes of the parameters in their stored dtype."""
-    return sum(math.prod(p.shape) * np.dtype(jnp.dtype(p.dtype)).itemsize for p in flatten(spec).values())
+    return sum(
+        math.prod(p.shape) * np.dtype(jnp.dtype(p.dtype)).itemsize for p in flatten(spec).values()
+    )

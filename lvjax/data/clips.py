@@ -34,14 +34,21 @@ class ClipStore:
     """`videos` rendered videos of `clips` clips each, in a folder; rendering continues where it stopped."""
 
     def __init__(self, folder, videos: int, clips: int = 6, split: str = "train", seed: int = 0):
-        self.folder, self.videos, self.clips, self.kwargs = Path(folder), videos, clips, {"split": split, "seed": seed}
+        self.folder, self.videos, self.clips, self.kwargs = (
+            Path(folder),
+            videos,
+            clips,
+            {"split": split, "seed": seed},
+        )
         shape = (videos, clips, CLIP_FRAMES, SIZE, SIZE, 3)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.frames = _open(self.folder / "frames.npy", shape, np.uint8)
             self.ids = _open(self.folder / "ids.npy", (videos, clips, MAX_WORDS), np.int32)
         except OSError as e:
-            raise StorageError(f"cannot hold rendered clips in {self.folder}: {e.strerror or e}; choose another work folder") from e
+            raise StorageError(
+                f"cannot hold rendered clips in {self.folder}: {e.strerror or e}; choose another work folder"
+            ) from e
 
     @property
     def ready(self) -> int:

@@ -41,7 +41,7 @@ def colour_of(frames: np.ndarray, least: float = 20.0) -> str | None:
 
 
 def object_direction(frames: np.ndarray, least_speed: float = 0.4) -> str | None:
-    """"left", "right", "up", "down" or "stay" from a line through the object's centroids; None without an object."""
+    """ "left", "right", "up", "down" or "stay" from a line through the object's centroids; None without an object."""
     colour = colour_of(frames)
     if colour is None:
         return None
@@ -51,9 +51,14 @@ def object_direction(frames: np.ndarray, least_speed: float = 0.4) -> str | None
     if len(seen) < 3:
         return None
     rows, cols = np.mgrid[: mask.shape[1], : mask.shape[2]]
-    centre = np.array([[(cols * mask[f]).sum(), (rows * mask[f]).sum()] for f in seen]) / area[seen, None]
+    centre = (
+        np.array([[(cols * mask[f]).sum(), (rows * mask[f]).sum()] for f in seen])
+        / area[seen, None]
+    )
     steps = np.diff(centre, axis=0) / np.diff(seen)[:, None]
-    steps = steps[np.abs(steps).max(-1) < 12]  # leaving on one side and entering on the other is no step
+    steps = steps[
+        np.abs(steps).max(-1) < 12
+    ]  # leaving on one side and entering on the other is no step
     if not len(steps):
         return None
     velocity = np.median(steps, axis=0)
@@ -79,8 +84,14 @@ def _warp(image: np.ndarray, dx: float, dy: float, zoom: float) -> np.ndarray:
 def camera_hypotheses(gap: int = GAP) -> list[tuple[str, float, float, float]]:
     """(label, dx, dy, zoom) over `gap` frames; a pan left shows at (x, y) what was at (x - shift, y)."""
     out = [("still", 0.0, 0.0, 1.0)]
-    out += [(f"pan {d}", gap * s * v[0], gap * s * v[1], 1.0) for d, v in DIRECTIONS.items() for s in SPEEDS]
-    out += [("zoom in", 0.0, 0.0, z**gap) for z in ZOOMS] + [("zoom out", 0.0, 0.0, z**-gap) for z in ZOOMS]
+    out += [
+        (f"pan {d}", gap * s * v[0], gap * s * v[1], 1.0)
+        for d, v in DIRECTIONS.items()
+        for s in SPEEDS
+    ]
+    out += [("zoom in", 0.0, 0.0, z**gap) for z in ZOOMS] + [
+        ("zoom out", 0.0, 0.0, z**-gap) for z in ZOOMS
+    ]
     return out
 
 
@@ -95,7 +106,11 @@ def camera_of(frames: np.ndarray, gap: int = GAP) -> str:
         total, weight = 0.0, 0
         for a in range(0, len(x) - gap, 2):
             moved = _warp(x[a], dx, dy, zoom)
-            valid = inside & ~busy[a + gap] & (_warp(busy[a][..., None].astype(np.float32), dx, dy, zoom)[..., 0] < 0.5)
+            valid = (
+                inside
+                & ~busy[a + gap]
+                & (_warp(busy[a][..., None].astype(np.float32), dx, dy, zoom)[..., 0] < 0.5)
+            )
             residual = np.minimum(np.abs(moved - x[a + gap]).mean(-1), 0.25)
             total, weight = total + residual[valid].sum(), weight + valid.sum()
         costs[label] = min(costs.get(label, np.inf), total / max(weight, 1))

@@ -23,18 +23,27 @@ def examples(split: str, videos: int, frames: int, seed: int = 0) -> Iterator[tu
         video = Video(index, split=split, seed=seed)
         poses = [video.pose(f) for f in range(frames)]
         actions = [video.action(f) for f in range(frames)]
-        starts = [f for f in range(frames) if f == 0 or video.segment(f) is not video.segment(f - 1)]
-        yield index, {
-            "video": video.frames(0, frames),
-            "prompts": [actions[f].prompt() for f in starts],
-            "prompt_times": np.array(starts, np.float32) / FPS,
-            "scene": video.scene,
-            "camera": np.array([CAMERAS.index(a.camera) for a in actions], np.int32),
-            "view": np.array([(p.x, p.y, p.scale) for p in poses], np.float32),
-            "colour": np.array([list(COLOURS).index(a.colour) if a.colour else -1 for a in actions], np.int32),
-            "shape": np.array([SHAPES.index(a.shape) if a.shape else -1 for a in actions], np.int32),
-            "object": np.array([(p.object_x, p.object_y) for p in poses], np.float32),
-        }
+        starts = [
+            f for f in range(frames) if f == 0 or video.segment(f) is not video.segment(f - 1)
+        ]
+        yield (
+            index,
+            {
+                "video": video.frames(0, frames),
+                "prompts": [actions[f].prompt() for f in starts],
+                "prompt_times": np.array(starts, np.float32) / FPS,
+                "scene": video.scene,
+                "camera": np.array([CAMERAS.index(a.camera) for a in actions], np.int32),
+                "view": np.array([(p.x, p.y, p.scale) for p in poses], np.float32),
+                "colour": np.array(
+                    [list(COLOURS).index(a.colour) if a.colour else -1 for a in actions], np.int32
+                ),
+                "shape": np.array(
+                    [SHAPES.index(a.shape) if a.shape else -1 for a in actions], np.int32
+                ),
+                "object": np.array([(p.object_x, p.object_y) for p in poses], np.float32),
+            },
+        )
 
 
 class PocketWorldConfig(tfds.core.BuilderConfig):
@@ -60,16 +69,25 @@ class PocketWorld(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         frames = self.builder_config.frames
-        per_frame = {k: tfds.features.Tensor(shape=(frames,), dtype=np.int32) for k in ("camera", "colour", "shape")}
+        per_frame = {
+            k: tfds.features.Tensor(shape=(frames,), dtype=np.int32)
+            for k in ("camera", "colour", "shape")
+        }
         features = {
-            "video": tfds.features.Tensor(shape=(frames, SIZE, SIZE, 3), dtype=np.uint8, encoding="zlib"),
+            "video": tfds.features.Tensor(
+                shape=(frames, SIZE, SIZE, 3), dtype=np.uint8, encoding="zlib"
+            ),
             "prompts": tfds.features.Sequence(tfds.features.Text()),
             "prompt_times": tfds.features.Sequence(tfds.features.Scalar(np.float32)),
             "scene": tfds.features.Text(),
             "view": tfds.features.Tensor(shape=(frames, 3), dtype=np.float32),
             "object": tfds.features.Tensor(shape=(frames, 2), dtype=np.float32),
         }
-        return tfds.core.DatasetInfo(builder=self, description=__doc__, features=tfds.features.FeaturesDict(features | per_frame))
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=tfds.features.FeaturesDict(features | per_frame),
+        )
 
     def _split_generators(self, dl_manager):
         c = self.builder_config

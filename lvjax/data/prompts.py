@@ -22,7 +22,18 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "diamond")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 CAMERAS = ("still", "pan left", "pan right", "pan up", "pan down", "zoom in", "zoom out")
-SCENES = ("landscape", "plants", "room", "animal", "person", "building", "clouds", "marble", "cells", "waves")
+SCENES = (
+    "landscape",
+    "plants",
+    "room",
+    "animal",
+    "person",
+    "building",
+    "clouds",
+    "marble",
+    "cells",
+    "waves",
+)
 
 ARTICLES = {"landscape": "a ", "room": "a ", "animal": "an ", "person": "a ", "building": "a "}
 
@@ -30,7 +41,9 @@ WORDS = (
     *("camera", "still", "pans", "zooms", "in", "out", "left", "right", "up", "down", "over"),
     *SCENES, *COLOURS, *SHAPES, *("moves", "stays", "behind", "pillar"),
 )  # fmt: skip
-VOCABULARY = {word: i + 1 for i, word in enumerate(WORDS)}  # id 0 is padding, and alone the null prompt
+VOCABULARY = {
+    word: i + 1 for i, word in enumerate(WORDS)
+}  # id 0 is padding, and alone the null prompt
 MAX_WORDS = 16
 ALIASES = {
     "pan": "pans", "panning": "pans", "slides": "pans", "zoom": "zooms", "zooming": "zooms", "move": "moves",
@@ -40,7 +53,9 @@ ALIASES = {
     "forest": "plants", "flowers": "plants", "leaves": "plants", "indoors": "room", "house": "building",
     "portrait": "person", "cat": "animal", "dog": "animal", "bird": "animal", "sky": "clouds", "post": "pillar",
 }  # fmt: skip
-FILLERS = frozenset("a an the is are of at on and then with to it its from across this that by while".split())
+FILLERS = frozenset(
+    "a an the is are of at on and then with to it its from across this that by while".split()
+)
 
 
 @dataclass(frozen=True)

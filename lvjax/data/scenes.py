@@ -15,7 +15,13 @@ PHOTOS = {
     "dragonfly": "plants", "dahlia": "plants", "fig": "room", "brushes": "room", "wine": "room", "clock": "room",
     "dogs": "animal", "nuthatch": "animal", "astronaut": "person", "rocket": "building",
 }  # fmt: skip
-HELD_OUT_PHOTOS = {"mountains": "landscape", "pagoda": "landscape", "dandelion": "plants", "coffee": "room", "cat": "animal"}
+HELD_OUT_PHOTOS = {
+    "mountains": "landscape",
+    "pagoda": "landscape",
+    "dandelion": "plants",
+    "coffee": "room",
+    "cat": "animal",
+}
 TEXTURES = ("clouds", "marble", "cells", "waves")
 SOFTNESS = 1.3  # blur of photographs in pixels: a 64-pixel view is a close-up, as out of a camera, not a thumbnail
 SATURATION = 0.5  # backgrounds are muted, so that an object's colour is unambiguous
@@ -33,7 +39,9 @@ def photo(name: str) -> np.ndarray:
 def mute(image: np.ndarray, saturation: float = SATURATION) -> np.ndarray:
     """Scale the colour of float RGB [..., 3] in [0, 1] towards its own grey, and its range into [.1, .9]."""
     grey = image @ np.array([0.299, 0.587, 0.114], image.dtype)
-    return (0.1 + 0.8 * (grey[..., None] + saturation * (image - grey[..., None]))).astype(np.float32)
+    return (0.1 + 0.8 * (grey[..., None] + saturation * (image - grey[..., None]))).astype(
+        np.float32
+    )
 
 
 def photo_canvas(name: str, rng: np.random.Generator) -> np.ndarray:
@@ -45,9 +53,13 @@ def photo_canvas(name: str, rng: np.random.Generator) -> np.ndarray:
     scale = short / min(image.size)
     half = CANVAS // 2
     size = (max(half, round(image.width * scale)), max(half, round(image.height * scale)))
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    image = image.resize(
+        (round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS
+    )
     pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(SOFTNESS)))
-    pixels = pixels if size == (pixels.shape[1], pixels.shape[0]) else _mirror(pixels, size[1], size[0])
+    pixels = (
+        pixels if size == (pixels.shape[1], pixels.shape[0]) else _mirror(pixels, size[1], size[0])
+    )
     top, left = (rng.integers(0, n - half + 1) for n in (size[1], size[0]))
     crop = pixels[top : top + half, left : left + half].astype(np.float32) / 255
     if rng.random() < 0.5:
@@ -59,14 +71,22 @@ def _mirror(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Continue an image by reflection to (height, width)."""
     h, w = image.shape[:2]
     rows, cols = np.arange(height) % (2 * h), np.arange(width) % (2 * w)
-    return image[np.where(rows < h, rows, 2 * h - 1 - rows)][:, np.where(cols < w, cols, 2 * w - 1 - cols)]
+    return image[np.where(rows < h, rows, 2 * h - 1 - rows)][
+        :, np.where(cols < w, cols, 2 * w - 1 - cols)
+    ]
 
 
 def _noise(rng: np.random.Generator, low: float, high: float, slope: float) -> np.ndarray:
     """Periodic Gaussian noise [CANVAS, CANVAS], band-limited to [low, high] cycles per canvas, zero mean, unit variance."""
-    f = np.hypot(*np.meshgrid(np.fft.fftfreq(CANVAS) * CANVAS, np.fft.rfftfreq(CANVAS) * CANVAS, indexing="ij"))
+    f = np.hypot(
+        *np.meshgrid(
+            np.fft.fftfreq(CANVAS) * CANVAS, np.fft.rfftfreq(CANVAS) * CANVAS, indexing="ij"
+        )
+    )
     spectrum = np.where((f >= low) & (f <= high), np.maximum(f, 1.0) ** -slope, 0.0)
-    field = np.fft.irfft2(spectrum * np.fft.rfft2(rng.standard_normal((CANVAS, CANVAS))), s=(CANVAS, CANVAS))
+    field = np.fft.irfft2(
+        spectrum * np.fft.rfft2(rng.standard_normal((CANVAS, CANVAS))), s=(CANVAS, CANVAS)
+    )
     return (field - field.mean()) / field.std()
 
 
@@ -89,7 +109,9 @@ def texture_canvas(kind: str, rng: np.random.Generator) -> np.ndarray:
     return mute(np.stack(colours, -1).astype(np.float32))
 
 
-def draw_scene(rng: np.random.Generator, held_out: bool, kind: str | None = None) -> tuple[str, np.ndarray]:
+def draw_scene(
+    rng: np.random.Generator, held_out: bool, kind: str | None = None
+) -> tuple[str, np.ndarray]:
     """A scene word and its canvas; `kind` "photo" or "texture", by default either with equal chance."""
     if kind == "photo" or (kind is None and rng.random() < 0.5):
         names = HELD_OUT_PHOTOS if held_out else PHOTOS

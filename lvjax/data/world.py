@@ -75,7 +75,16 @@ class Video:
     Raises: InputError for an unknown split.
     """
 
-    def __init__(self, index: int, *, seed: int = 0, split: str = "train", kind=None, first: Action | None = None, enters=None):
+    def __init__(
+        self,
+        index: int,
+        *,
+        seed: int = 0,
+        split: str = "train",
+        kind=None,
+        first: Action | None = None,
+        enters=None,
+    ):
         if split not in SPLITS:
             raise InputError(f"split {split!r}; allowed: {SPLITS}")
         self.held_out = split == "held_out"
@@ -106,7 +115,10 @@ class Video:
     def _textured_place(self, rng) -> tuple[float, float]:
         """A view centre around which the scene has visible structure, so that camera motion can be seen."""
         grey = self.canvas.mean(-1)
-        slope = (np.abs(np.diff(grey, axis=0, append=grey[:1])), np.abs(np.diff(grey, axis=1, append=grey[:, :1])))
+        slope = (
+            np.abs(np.diff(grey, axis=0, append=grey[:1])),
+            np.abs(np.diff(grey, axis=1, append=grey[:, :1])),
+        )
         best, place = -1.0, (0, 0)
         for x, y in rng.integers(0, CANVAS, (8, 2)):
             rows, cols = (np.arange(v - 48, v + 48, 2) % CANVAS for v in (y, x))
@@ -136,16 +148,30 @@ class Video:
         if not visible and rng.random() < 0.6:
             thing = (None, None)
             if rng.random() < 0.75:
-                thing = [c[:2] for c in combinations(self.held_out)][rng.integers(len(combinations(self.held_out)))]
+                thing = [c[:2] for c in combinations(self.held_out)][
+                    rng.integers(len(combinations(self.held_out)))
+                ]
         motion = None
         if thing[0]:
-            motions = [m for m in MOTIONS if is_held_out(*thing, m) == self.held_out and (visible or m != "stay")]
-            motion = motions[rng.integers(len(motions))] if motions else "stay" if visible else MOTIONS[rng.integers(4)]
+            motions = [
+                m
+                for m in MOTIONS
+                if is_held_out(*thing, m) == self.held_out and (visible or m != "stay")
+            ]
+            motion = (
+                motions[rng.integers(len(motions))]
+                if motions
+                else "stay"
+                if visible
+                else MOTIONS[rng.integers(4)]
+            )
             if not visible:
                 pose = _place_object(pose, motion, rng, enters=True)
         else:
             pose = replace(pose, object_x=math.nan, object_y=math.nan)
-        action = Action(self._camera(rng, pose.scale, length), self.scene, *thing, motion, pillar=self.pillar)
+        action = Action(
+            self._camera(rng, pose.scale, length), self.scene, *thing, motion, pillar=self.pillar
+        )
         self.segments.append(Segment(last.stop, last.stop + length, action, pose))
 
     def segment(self, frame: int) -> Segment:
@@ -186,7 +212,9 @@ class Video:
             colour = np.array(COLOURS[action.colour], np.float32) / 255
             view = view + mask[..., None] * (light[..., None] * colour - view)
         if self.pillar:
-            cover = np.clip(4.5 - np.abs(np.arange(SIZE, dtype=np.float32) - SIZE / 2), 0, 1)[None, :, None]
+            cover = np.clip(4.5 - np.abs(np.arange(SIZE, dtype=np.float32) - SIZE / 2), 0, 1)[
+                None, :, None
+            ]
             view = view + cover * (np.float32(0.22) - view)
         return np.clip(view, 0, 1)
 
@@ -212,14 +240,22 @@ def _view(canvas: np.ndarray, pose: Pose) -> np.ndarray:
     offset = (np.arange(SIZE) - SIZE / 2) / pose.scale
     cols, rows = pose.x + offset, pose.y + offset
     c0, r0 = np.floor(cols).astype(int), np.floor(rows).astype(int)
-    fc, fr = (cols - c0).astype(np.float32)[None, :, None], (rows - r0).astype(np.float32)[:, None, None]
-    line = lambda r: canvas[r % CANVAS][:, c0 % CANVAS] * (1 - fc) + canvas[r % CANVAS][:, (c0 + 1) % CANVAS] * fc
+    fc, fr = (
+        (cols - c0).astype(np.float32)[None, :, None],
+        (rows - r0).astype(np.float32)[:, None, None],
+    )
+    line = lambda r: (
+        canvas[r % CANVAS][:, c0 % CANVAS] * (1 - fc)
+        + canvas[r % CANVAS][:, (c0 + 1) % CANVAS] * fc
+    )
     if pose.scale == 1.0 and not fc.any() and not fr.any():
         return canvas[r0 % CANVAS][:, c0 % CANVAS]
     return line(r0) * (1 - fr) + line(r0 + 1) * fr
 
 
-def _object(shape: str, x: float, y: float, angle: float, phase: float) -> tuple[np.ndarray, np.ndarray]:
+def _object(
+    shape: str, x: float, y: float, angle: float, phase: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Antialiased mask and striped brightness of an object, each float32 [SIZE, SIZE]."""
     grid = np.arange(SIZE, dtype=np.float32) + 0.5
     dx, dy = grid[None, :] - np.float32(x), grid[:, None] - np.float32(y)
@@ -230,8 +266,13 @@ def _object(shape: str, x: float, y: float, angle: float, phase: float) -> tuple
     elif shape == "diamond":
         distance = (np.abs(dx) + np.abs(dy) - 1.2 * RADIUS) * np.float32(math.sqrt(0.5))
     elif shape == "triangle":
-        distance = np.maximum(np.abs(dx) * np.float32(0.894) + (-dy - 0.9 * RADIUS) * np.float32(0.447), dy - 0.8 * RADIUS)
+        distance = np.maximum(
+            np.abs(dx) * np.float32(0.894) + (-dy - 0.9 * RADIUS) * np.float32(0.447),
+            dy - 0.8 * RADIUS,
+        )
     else:
         raise ValueError(f"shape {shape!r}; allowed: {SHAPES}")
     stripes = np.sin((dx * math.cos(angle) + dy * math.sin(angle)) * 0.6 + phase)
-    return np.clip(0.5 - distance, 0, 1).astype(np.float32), (0.88 + 0.12 * stripes).astype(np.float32)
+    return np.clip(0.5 - distance, 0, 1).astype(np.float32), (0.88 + 0.12 * stripes).astype(
+        np.float32
+    )

@@ -25,8 +25,8 @@ from lvjax.io import fmp4
 
 PRESET, CRF = "fast", 18
 # Same frames, same bytes: one thread, one key frame, the same arithmetic on every CPU, and no
-# macroblock tree.  With the tree, x264's AVX-512 code (core 165) made 1 to 3 encodes in 100 depend on
-# what the heap had held before (edge blocks only); without it 7,600 of 7,600 were equal.
+# macroblock tree.  With the tree, x264's AVX-512 code (core 165) made 1 to 3 encodes in 100 depend
+# on what the heap had held before (edge blocks only); without it 7,600 of 7,600 were equal.
 X264 = (
     "threads=1:lookahead-threads=1:sliced-threads=0:scenecut=0:"
     "mbtree=0:rc-lookahead=0:weightp=0:cpu-independent=1"
@@ -298,8 +298,8 @@ def _steady(timed: Iterable, fps: Fraction, tail: Fraction, most: int | None) ->
 def _rgb(frame: av.VideoFrame, size: tuple[int, int], convert: VideoReformatter) -> np.ndarray:
     """One frame as uint8 [H,W,3], turned as its rotation metadata asks."""
     width, height = size
-    turned = convert.reformat(frame, width, height, "rgb24", interpolation=TO_RGB).to_ndarray()
-    return np.rot90(turned, round(frame.rotation / 90) % 4)
+    turned = convert.reformat(frame, width, height, "rgb24", interpolation=TO_RGB, threads=1)
+    return np.rot90(turned.to_ndarray(), round(frame.rotation / 90) % 4)
 
 
 def read_video(path, fps=None, max_frames: int | None = None) -> tuple[np.ndarray, float]:

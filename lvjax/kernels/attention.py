@@ -12,8 +12,8 @@ from jax import lax
 from lvjax.core.errors import InputError
 from lvjax.kernels.attention_reference import attend_reference
 
-SMALL = 2**24
-"""Up to this many scores (B*N*L*S; 64 MiB in float32) "auto" takes the plain form."""
+SMALL = 2**22
+"""Up to this many scores (B*N*L*S; 16 MiB in float32) "auto" takes the plain form."""
 
 ROWS = 512
 """Query rows per chunk: one head's scores against a few thousand keys stay near the core."""

@@ -45,9 +45,23 @@ def held_out_cases(count: int = 200) -> list[Case]:
     cases = []
     for i in range(count):
         camera = moves[(i // 2) % len(moves)] if i % 2 == 0 else "still"
-        thing = things[(i // 4 if camera != "still" else i // 2) % len(things)] if camera == "still" or i % 4 == 0 else (None,) * 3
-        video = Video(FIRST_VIDEO + i, split="held_out", kind=("photo", "texture")[(i // 2) % 2], first=Action(camera, "", *thing), enters=True)
-        cases.append(Case(video.action(0), video.frames(0, CLIP), "object" if camera == "still" else "camera"))
+        thing = (
+            things[(i // 4 if camera != "still" else i // 2) % len(things)]
+            if camera == "still" or i % 4 == 0
+            else (None,) * 3
+        )
+        video = Video(
+            FIRST_VIDEO + i,
+            split="held_out",
+            kind=("photo", "texture")[(i // 2) % 2],
+            first=Action(camera, "", *thing),
+            enters=True,
+        )
+        cases.append(
+            Case(
+                video.action(0), video.frames(0, CLIP), "object" if camera == "still" else "camera"
+            )
+        )
     return cases
 
 
@@ -66,23 +80,42 @@ def judge(cases: list[Case], clips: np.ndarray) -> dict[str, float]:
     return {k: float(np.mean(v)) for k, v in right.items()}
 
 
-def generate_clips(bundle: Bundle, prompts: list[str], starts: np.ndarray, seed: int, **knobs) -> np.ndarray:
+def generate_clips(
+    bundle: Bundle, prompts: list[str], starts: np.ndarray, seed: int, **knobs
+) -> np.ndarray:
     """One clip per prompt from its own given frames uint8 [n, P, H, W, 3]; uint8 [n, 17, H, W, 3], the given frames included."""
     out = []
     for at in range(0, len(prompts), BATCH):
         rows = list(range(at, min(at + BATCH, len(prompts))))
         rows += [rows[-1]] * (BATCH - len(rows))
         given = starts[rows].astype(np.float32) / 127.5 - 1
-        request = Request(tuple(((0.0, prompts[r]),) for r in rows), CLIP - starts.shape[1] + 1, start=given, seed=seed + at, **knobs)
+        request = Request(
+            tuple(((0.0, prompts[r]),) for r in rows),
+            CLIP - starts.shape[1] + 1,
+            start=given,
+            seed=seed + at,
+            **knobs,
+        )
         frames = next(open_session(bundle, request).run()).frames
-        out.append(np.concatenate([starts[rows][:, :-1], frames], axis=1)[: min(BATCH, len(prompts) - at)])
+        out.append(
+            np.concatenate([starts[rows][:, :-1], frames], axis=1)[: min(BATCH, len(prompts) - at)]
+        )
     return np.concatenate(out)
 
 
 def round_trip(bundle: Bundle, clips: np.ndarray) -> np.ndarray:
     """uint8 clips through the autoencoder."""
-    both = jax.jit(lambda x: to_uint8(decode(bundle.params["vae"], encode(bundle.params["vae"], x, bundle.vae), bundle.vae)))
-    return np.concatenate([np.asarray(both(clips[i : i + BATCH].astype(np.float32) / 127.5 - 1)) for i in range(0, len(clips), BATCH)])
+    both = jax.jit(
+        lambda x: to_uint8(
+            decode(bundle.params["vae"], encode(bundle.params["vae"], x, bundle.vae), bundle.vae)
+        )
+    )
+    return np.concatenate(
+        [
+            np.asarray(both(clips[i : i + BATCH].astype(np.float32) / 127.5 - 1))
+            for i in range(0, len(clips), BATCH)
+        ]
+    )
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -94,23 +127,40 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def continuation(bundle: Bundle, count: int, seed: int) -> dict[str, float]:
     """Held-out pans: 5 frames given, the next second (8 frames) against the truth, beside repeating the last given frame."""
     pans = [f"pan {d}" for d in DIRECTIONS]
-    videos = [Video(2 * FIRST_VIDEO + i, split="held_out", kind=("photo", "texture")[i % 2], first=Action(pans[i % 4], "")) for i in range(count)]
+    videos = [
+        Video(
+            2 * FIRST_VIDEO + i,
+            split="held_out",
+            kind=("photo", "texture")[i % 2],
+            first=Action(pans[i % 4], ""),
+        )
+        for i in range(count)
+    ]
     truth = np.stack([v.frames(0, CLIP) for v in videos])
     made = generate_clips(bundle, [v.action(0).prompt() for v in videos], truth[:, :5], seed)
     ahead = slice(5, 13)
     model = psnr(made[:, ahead], truth[:, ahead])
     repeat = psnr(np.repeat(truth[:, 4:5], 8, axis=1), truth[:, ahead])
     ceiling = psnr(round_trip(bundle, truth)[:, ahead], truth[:, ahead])
-    return {"model_db": model, "repeat_db": repeat, "gain_db": model - repeat, "autoencoder_db": ceiling}
+    return {
+        "model_db": model,
+        "repeat_db": repeat,
+        "gain_db": model - repeat,
+        "autoencoder_db": ceiling,
+    }
 
 
 def untrained(bundle: Bundle) -> Bundle:
     """The same model with its DiT and text encoder as they were initialised."""
-    fresh = {k: init(s, jax.random.key(0)) for k, s in specs(bundle.dit, bundle.vae, bundle.text).items()}
+    fresh = {
+        k: init(s, jax.random.key(0)) for k, s in specs(bundle.dit, bundle.vae, bundle.text).items()
+    }
     return dataclasses.replace(bundle, params=fresh | {"vae": bundle.params["vae"]})
 
 
-def evaluate(bundle: Bundle, count: int = 200, seed: int = 0, report=lambda text: None) -> tuple[dict, np.ndarray]:
+def evaluate(
+    bundle: Bundle, count: int = 200, seed: int = 0, report=lambda text: None
+) -> tuple[dict, np.ndarray]:
     """All figures, and clips for a contact sheet [n, 2, 17, H, W, 3]: truth and model."""
     started = time.monotonic()
     cases = held_out_cases(count)
@@ -118,7 +168,12 @@ def evaluate(bundle: Bundle, count: int = 200, seed: int = 0, report=lambda text
     prompts = [c.action.prompt() for c in cases]
     shuffled = [prompts[(i + len(prompts) // 2 + 7) % len(prompts)] for i in range(len(prompts))]
     clips = generate_clips(bundle, prompts, truth[:, :1], seed)
-    figures = {"cases": count, "seed": seed, "ground_truth": judge(cases, truth), "autoencoder": judge(cases, round_trip(bundle, truth))}
+    figures = {
+        "cases": count,
+        "seed": seed,
+        "ground_truth": judge(cases, truth),
+        "autoencoder": judge(cases, round_trip(bundle, truth)),
+    }
     for name, made in (
         ("model", clips),
         ("prompt_shuffled", generate_clips(bundle, shuffled, truth[:, :1], seed)),

@@ -3,11 +3,14 @@
 
 One folder holds the whole run: rendered clips, one subfolder per stage with its snapshot and metrics, and the bundle.
 Every stage resumes from its newest snapshot, so the same call goes on where it stopped; a stage that is done is skipped.
-`make train-pocket` is `lvjax train --config configs/pocket.py`; `make gpu-train` calls `train` from the source tree.
+`make train-pocket` is `lvjax train --config configs/pocket.py`; `make gpu-train` is `python -m lvjax.lab.pocket`, the same
+in pieces whose state travels in a few small files (gpu_train.py).
 """
 
 import dataclasses
 import json
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +70,7 @@ class Recipe:
     )
     extension: tuple[Stage, ...] = (
         Stage("dit_short", 8, 3, TrainOptions(1000, 1.2e-3, 150, 1.0, weight_decay=0.01)),
-        Stage("dit", 8, 5, TrainOptions(3000, 1.2e-3, 100, 0.5, weight_decay=0.01)),
+        Stage("dit", 8, 5, TrainOptions(2500, 1.2e-3, 100, 0.5, weight_decay=0.01)),
         Stage("dit_memory", 8, 5, TrainOptions(2000, 5e-4, 50, 0.2, weight_decay=0.01), memory=1),
     )
     seed: int = 0
@@ -75,12 +78,22 @@ class Recipe:
 
 @dataclass
 class Run:
-    """Where a run lives and how much of it to do now.  seconds: at most this long, None for no limit.  devices: for the batch."""
+    """Where a run lives and how much of it to do now.
+
+    seconds: at most this long from here on, all stages together, None for no limit.  devices: for the batch.
+    """
 
     folder: Path
     seconds: float | None = None
     devices: int = 1
     report: Callable[[str, dict], None] = field(default=lambda stage, line: None)
+
+    def __post_init__(self):
+        self._end = None if self.seconds is None else time.monotonic() + self.seconds
+
+    def left(self) -> float | None:
+        """Seconds that are left, None for no limit."""
+        return None if self._end is None else self._end - time.monotonic()
 
 
 def train(recipe: Recipe, run: Run) -> Bundle | None:
@@ -142,7 +155,7 @@ def _stages(stages, params, make_loss, make_batches, run: Run):
         step = make_step(make_loss(stage), optimizer, o, trainable)
         report = lambda line, name=stage.name: run.report(name, line)
         if not (folder / "done").exists():
-            state = fit(step, state, make_batches(stage), o, folder, seconds=run.seconds, devices=run.devices, report=report)
+            state = fit(step, state, make_batches(stage), o, folder, seconds=run.left(), devices=run.devices, report=report)
             if int(state.step) < o.steps:
                 return None
             (folder / "done").touch()
@@ -225,3 +238,14 @@ def latent_batches(stage: Stage, latents: np.ndarray, ids: np.ndarray, stride: i
         return out
 
     return batch
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m lvjax.lab.pocket`: one piece of the training; see gpu_train.py."""
+    from lvjax.lab import gpu_train  # it imports this module
+
+    return gpu_train.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

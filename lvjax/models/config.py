@@ -77,8 +77,22 @@ class VAEConfig:
 
 WAN_T2V_1_3B = DiTConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
 WAN_T2V_14B = DiTConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
-WAN_I2V_14B = DiTConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824, condition_channels=20, image_dim=1280)
-WAN_FLF2V_14B = DiTConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824, condition_channels=20, image_dim=1280, image_pos_len=514)
-WAN_2_2_I2V_A14B = DiTConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824, condition_channels=20)
-WAN_2_2_TI2V_5B = DiTConfig(dim=3072, num_heads=24, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48)
+WAN_I2V_14B = DiTConfig(
+    dim=5120, num_heads=40, num_layers=40, ffn_dim=13824, condition_channels=20, image_dim=1280
+)
+WAN_FLF2V_14B = DiTConfig(
+    dim=5120,
+    num_heads=40,
+    num_layers=40,
+    ffn_dim=13824,
+    condition_channels=20,
+    image_dim=1280,
+    image_pos_len=514,
+)
+WAN_2_2_I2V_A14B = DiTConfig(
+    dim=5120, num_heads=40, num_layers=40, ffn_dim=13824, condition_channels=20
+)
+WAN_2_2_TI2V_5B = DiTConfig(
+    dim=3072, num_heads=24, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48
+)
 WAN_VAE_2_1 = VAEConfig()

@@ -29,7 +29,10 @@ class PocketTextConfig:
 
 
 def text_spec(cfg: PocketTextConfig) -> Spec:
-    norm = {"scale": Param((cfg.dim,), ("embed",), "ones"), "bias": Param((cfg.dim,), ("embed",), "zeros")}
+    norm = {
+        "scale": Param((cfg.dim,), ("embed",), "ones"),
+        "bias": Param((cfg.dim,), ("embed",), "zeros"),
+    }
     return {
         "word": Param((cfg.vocabulary, cfg.dim), (None, "embed"), 1.0),
         "position": Param((cfg.length, cfg.dim), (None, "embed"), 0.5),
@@ -52,5 +55,7 @@ def encode_text(params, ids, cfg: PocketTextConfig):
     q, k, v = rearrange(qkv, "b m (s n d) -> s b m n d", s=3, n=cfg.num_heads)
     see = (real | ~real.any(-1, keepdims=True))[:, None, None, :]
     x = x + linear(params["out"], rearrange(attend(q, k, v, mask=see), "b m n d -> b m (n d)"))
-    x = x + linear(params["fc2"], jax.nn.gelu(linear(params["fc1"], layer_norm(x, cfg.eps, params["norm2"]))))
+    x = x + linear(
+        params["fc2"], jax.nn.gelu(linear(params["fc1"], layer_norm(x, cfg.eps, params["norm2"])))
+    )
     return jnp.where(real[..., None], layer_norm(x, cfg.eps, params["norm"]), 0.0)

@@ -73,21 +73,29 @@ def specs(dit: DiTConfig, vae: VAEConfig, text: PocketTextConfig) -> dict:
 def _config(cls, values: dict, path):
     names = {f.name for f in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - names):
-        raise CheckpointError(f"{path}: {cls.__name__} has no field {unknown[0]!r}; the model needs another version of lvjax")
+        raise CheckpointError(
+            f"{path}: {cls.__name__} has no field {unknown[0]!r}; the model needs another version of lvjax"
+        )
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def load(name: str | Path = "pocket") -> Bundle:
-    """"pocket", the model inside the package, or a folder that `save` wrote.
+    """ "pocket", the model inside the package, or a folder that `save` wrote.
 
     Stored half-precision weights become float32.
     Raises: CheckpointError when a file is missing, damaged, or does not match the model's spec.
     """
-    folder = Path(str(resources.files("lvjax") / "assets" / "pocket")) if str(name) == "pocket" else Path(name)
+    folder = (
+        Path(str(resources.files("lvjax") / "assets" / "pocket"))
+        if str(name) == "pocket"
+        else Path(name)
+    )
     try:
         head = json.loads((folder / "model.json").read_text())
     except (OSError, ValueError) as e:
-        raise CheckpointError(f"no model in {folder} ({type(e).__name__}); give 'pocket' or a folder with model.json") from e
+        raise CheckpointError(
+            f"no model in {folder} ({type(e).__name__}); give 'pocket' or a folder with model.json"
+        ) from e
     kinds = {"dit": DiTConfig, "vae": VAEConfig, "text": PocketTextConfig, "defaults": Defaults}
     configs = {k: _config(cls, head[k], folder / "model.json") for k, cls in kinds.items()}
     spec = specs(configs["dit"], configs["vae"], configs["text"])
@@ -105,10 +113,18 @@ def _match(arrays: dict[str, np.ndarray], wanted: dict, path) -> dict:
     wrong = [f"{k} is missing" for k in sorted(set(wanted) - set(arrays))]
     wrong += [f"{k} is not of this model" for k in sorted(set(arrays) - set(wanted))]
     shared = [k for k in wanted if k in arrays]
-    wrong += [f"{k} has shape {arrays[k].shape}, expected {wanted[k].shape}" for k in shared if arrays[k].shape != wanted[k].shape]
-    wrong += [f"{k} is not finite" for k in shared if not np.isfinite(arrays[k].astype(np.float32)).all()]
+    wrong += [
+        f"{k} has shape {arrays[k].shape}, expected {wanted[k].shape}"
+        for k in shared
+        if arrays[k].shape != wanted[k].shape
+    ]
+    wrong += [
+        f"{k} is not finite" for k in shared if not np.isfinite(arrays[k].astype(np.float32)).all()
+    ]
     if wrong:
-        raise CheckpointError(f"{path}: {'; '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}")
+        raise CheckpointError(
+            f"{path}: {'; '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}"
+        )
     return {k: jnp.asarray(arrays[k].astype(np.float32)) for k in wanted}
 
 
@@ -117,7 +133,12 @@ def save(folder, bundle: Bundle, dtype: str = "float16") -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
-        flat = {k: np.asarray(jax.device_get(v)).astype(dtype) for k, v in flatten(bundle.params[part]).items()}
+        flat = {
+            k: np.asarray(jax.device_get(v)).astype(dtype)
+            for k, v in flatten(bundle.params[part]).items()
+        }
         save_arrays(folder / f"{part}.safetensors", flat)
-    head = {"name": bundle.name} | {k: dataclasses.asdict(getattr(bundle, k)) for k in ("dit", "vae", "text", "defaults")}
+    head = {"name": bundle.name} | {
+        k: dataclasses.asdict(getattr(bundle, k)) for k in ("dit", "vae", "text", "defaults")
+    }
     write_atomic(folder / "model.json", (json.dumps(head, indent=1) + "\n").encode())

@@ -17,11 +17,25 @@ from lvjax.core.errors import CheckpointError
 FORMAT = "lvjax-card/1"
 
 
-def make_card(options: dict[str, Any], *, weights: dict[str, str], inputs: dict[str, str]) -> dict[str, Any]:
+def make_card(
+    options: dict[str, Any], *, weights: dict[str, str], inputs: dict[str, str]
+) -> dict[str, Any]:
     """options: the run's settings, resolved.  weights, inputs: sha256 by name."""
-    versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "numpy")} | {"lvjax": lvjax.__version__}
-    where = {"python": platform.python_version(), "device": jax.devices()[0].device_kind, "platform": jax.default_backend()}
-    return {"format": FORMAT, "options": options, "weights": weights, "inputs": inputs, "versions": versions | where}
+    versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "numpy")} | {
+        "lvjax": lvjax.__version__
+    }
+    where = {
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+    }
+    return {
+        "format": FORMAT,
+        "options": options,
+        "weights": weights,
+        "inputs": inputs,
+        "versions": versions | where,
+    }
 
 
 def card_path(output) -> Path:
@@ -29,21 +43,42 @@ def card_path(output) -> Path:
 
 
 def write_card(output, card: dict[str, Any]) -> None:
-    write_atomic(card_path(output), (json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(card, indent=1, ensure_ascii=False)
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:  # a prompt with bytes that are no text: keep it, escaped
+        data = json.dumps(card, indent=1).encode()
+    write_atomic(card_path(output), data + b"\n")
 
 
 def check_card(card: Any, source) -> dict[str, Any]:
     """Raises: CheckpointError when `card` is not a run card of this format."""
-    if not isinstance(card, dict) or card.get("format") != FORMAT or not isinstance(card.get("options"), dict):
-        raise CheckpointError(f"{source} holds no lvjax run card; give a video that `lvjax generate` wrote")
+    if (
+        not isinstance(card, dict)
+        or card.get("format") != FORMAT
+        or not isinstance(card.get("options"), dict)
+    ):
+        raise CheckpointError(
+            f"{source} holds no lvjax run card; give a video that `lvjax generate` wrote"
+        )
     return card
 
 
 def differences(card: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What is not as it was when the card was written; a replay is bit-equal only if this is empty."""
-    out = [f"weights {k} differ" for k in card["weights"] if card["weights"][k] != now["weights"].get(k)]
-    out += [f"input {k} differs" for k in card["inputs"] if card["inputs"][k] != now["inputs"].get(k)]
-    return out + [f"{k} was {v}, is {now['versions'].get(k)}" for k, v in card["versions"].items() if v != now["versions"].get(k)]
+    out = [
+        f"weights {k} differ"
+        for k in card["weights"]
+        if card["weights"][k] != now["weights"].get(k)
+    ]
+    out += [
+        f"input {k} differs" for k in card["inputs"] if card["inputs"][k] != now["inputs"].get(k)
+    ]
+    return out + [
+        f"{k} was {v}, is {now['versions'].get(k)}"
+        for k, v in card["versions"].items()
+        if v != now["versions"].get(k)
+    ]
 
 
 def file_hash(path) -> str:

@@ -38,15 +38,26 @@ class Progress:
 def outputs(output, rows: int) -> list[Path]:
     """The file of each row of the batch: the output itself, or name-000.mp4, name-001.mp4, …"""
     output = Path(output)
-    return [output] if rows == 1 else [output.with_name(f"{output.stem}-{i:03d}{output.suffix}") for i in range(rows)]
+    return (
+        [output]
+        if rows == 1
+        else [output.with_name(f"{output.stem}-{i:03d}{output.suffix}") for i in range(rows)]
+    )
 
 
 def options_of(request: Request, bundle: Bundle, model: str) -> dict[str, Any]:
     """A request as the JSON-able options of a card; the start frames become PNGs."""
-    options = {k: getattr(request, k) for k in ("frames", "negative", "steps", "guidance", "seed", "method")}
+    options = {
+        k: getattr(request, k)
+        for k in ("frames", "negative", "steps", "guidance", "seed", "method")
+    }
     options["timelines"] = [[list(moment) for moment in row] for row in request.timelines]
     options["size"] = list(request.size or bundle.defaults.size)
-    options["start"] = None if request.start is None else [_png(f) for f in np.atleast_1d(request.start).reshape(-1, *options["size"], 3)]
+    options["start"] = (
+        None
+        if request.start is None
+        else [_png(f) for f in np.atleast_1d(request.start).reshape(-1, *options["size"], 3)]
+    )
     return options | {"model": model, "defaults": dataclasses.asdict(bundle.defaults)}
 
 
@@ -57,16 +68,28 @@ def request_of(options: dict[str, Any]) -> Request:
     """
     try:
         rows = tuple(tuple((float(t), str(p)) for t, p in row) for row in options["timelines"])
-        start = None if options["start"] is None else np.stack([_unpng(x) for x in options["start"]])
-        plain = {k: options[k] for k in ("frames", "negative", "steps", "guidance", "seed", "method")}
+        start = (
+            None if options["start"] is None else np.stack([_unpng(x) for x in options["start"]])
+        )
+        plain = {
+            k: options[k] for k in ("frames", "negative", "steps", "guidance", "seed", "method")
+        }
         return Request(rows, size=tuple(options["size"]), start=start, **plain)
     except (KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(f"the run card is of another version of lvjax ({type(e).__name__}: {e})") from e
+        raise CheckpointError(
+            f"the run card is of another version of lvjax ({type(e).__name__}: {e})"
+        ) from e
 
 
 def defaults_of(options: dict[str, Any]) -> Defaults:
     names = {f.name for f in dataclasses.fields(Defaults)}
-    return Defaults(**{k: tuple(v) if isinstance(v, list) else v for k, v in options["defaults"].items() if k in names})
+    return Defaults(
+        **{
+            k: tuple(v) if isinstance(v, list) else v
+            for k, v in options["defaults"].items()
+            if k in names
+        }
+    )
 
 
 def with_defaults(bundle: Bundle, card: dict[str, Any]) -> Bundle:
@@ -103,7 +126,9 @@ def start(bundle: Bundle, request: Request, output, card: dict[str, Any]) -> Non
 def _writer(path, bundle: Bundle, request: Request, card, at) -> FragmentedWriter:
     height, width = request.size or bundle.defaults.size
     scale = bundle.defaults.upscale
-    return FragmentedWriter(path, (width * scale, height * scale), bundle.defaults.fps, card, resume_at=at)
+    return FragmentedWriter(
+        path, (width * scale, height * scale), bundle.defaults.fps, card, resume_at=at
+    )
 
 
 def saved_card(output) -> dict[str, Any] | None:
@@ -113,11 +138,18 @@ def saved_card(output) -> dict[str, Any] | None:
         return None
     meta = load_meta(path)
     if "card" not in meta:
-        raise CheckpointError(f"{path} is not the state of a generate run; remove it to start again")
+        raise CheckpointError(
+            f"{path} is not the state of a generate run; remove it to start again"
+        )
     return cards.check_card(meta["card"], path)
 
 
-def proceed(bundle: Bundle, output, stop: Callable[[], bool] = lambda: False, opened: Callable[[Session], None] = lambda s: None) -> Iterator[Progress]:
+def proceed(
+    bundle: Bundle,
+    output,
+    stop: Callable[[], bool] = lambda: False,
+    opened: Callable[[Session], None] = lambda s: None,
+) -> Iterator[Progress]:
     """Make the remaining clips of the run whose state is beside `output`; one `Progress` per clip.
 
     stop: asked after each clip; the state is saved by then.  opened: called once with the session.
@@ -134,12 +166,24 @@ def proceed(bundle: Bundle, output, stop: Callable[[], bool] = lambda: False, op
     state, meta = load_state(state_path(output), session.state)
     paths = outputs(output, len(request.timelines))
     with ExitStack() as files:
-        writers = [files.enter_context(_writer(p, bundle, request, card | {"row": i}, at)) for i, (p, at) in enumerate(zip(paths, meta["offsets"], strict=True))]
+        writers = [
+            files.enter_context(_writer(p, bundle, request, card | {"row": i}, at))
+            for i, (p, at) in enumerate(zip(paths, meta["offsets"], strict=True))
+        ]
         for result in session.run(state, meta["clip"]):
-            meta["offsets"] = [w.write_clip(enlarge(result.frames[i], bundle.defaults.upscale)) for i, w in enumerate(writers)]
-            meta |= {"clip": result.clip + 1, "frame": meta["frame"] + result.frames.shape[1], "digest": chain(meta["digest"], result.latents)}
+            meta["offsets"] = [
+                w.write_clip(enlarge(result.frames[i], bundle.defaults.upscale))
+                for i, w in enumerate(writers)
+            ]
+            meta |= {
+                "clip": result.clip + 1,
+                "frame": meta["frame"] + result.frames.shape[1],
+                "digest": chain(meta["digest"], result.latents),
+            }
             save_state(state_path(output), result.state, meta)
-            yield Progress(meta["clip"], session.num_clips, meta["frame"], session.frames, meta["digest"])
+            yield Progress(
+                meta["clip"], session.num_clips, meta["frame"], session.frames, meta["digest"]
+            )
             if stop() and meta["clip"] < session.num_clips:
                 return
     cards.write_card(output, card | {"latents": meta["digest"]})

@@ -35,13 +35,21 @@ class Plan:
         return f"plan: {self.frames} frames in {self.clips} clips; memory {self.total / 1e9:.2f} GB ({parts}); disk {self.disk / 1e6:.0f} MB"
 
 
-def make_plan(bundle: Bundle, *, batch: int, size: tuple[int, int], frames: int, given: int = 0, guided: bool = True) -> Plan:
+def make_plan(
+    bundle: Bundle,
+    *,
+    batch: int,
+    size: tuple[int, int],
+    frames: int,
+    given: int = 0,
+    guided: bool = True,
+) -> Plan:
     """The plan of a run of `batch` videos of size (height, width), `given` frames of which begin the first clip."""
     d, dit, vae = bundle.defaults, bundle.dit, bundle.vae
     rows = batch * (2 if guided else 1)
     h, w = (n // vae.spatial_stride for n in size)
     tokens = d.clip_latents * (h // dit.patch[1]) * (w // dit.patch[2])
-    layers = (d.layers or (dit.num_layers // 2, dit.num_layers))
+    layers = d.layers or (dit.num_layers // 2, dit.num_layers)
     kv = 2 * (layers[1] - layers[0]) * rows * d.capacity * tokens * dit.dim * 4
     scores = rows * dit.num_heads * tokens * min(d.capacity * tokens, 8192) * 4
     activations = rows * tokens * (dit.ffn_dim + 12 * dit.dim) * 4
@@ -50,7 +58,8 @@ def make_plan(bundle: Bundle, *, batch: int, size: tuple[int, int], frames: int,
     new = 4 * (d.clip_latents - d.overlap)
     memory = {
         "weights": sum(num_bytes(s) for s in specs(dit, vae, bundle.text).values()),
-        "memory of clips": 3 * kv,  # keys as saved, keys rotated, values; the saved copy on the host is short-lived
+        "memory of clips": 3
+        * kv,  # keys as saved, keys rotated, values; the saved copy on the host is short-lived
         "transformer": scores + activations,
         "autoencoder": round(picture * (12 + 4 * new)),
         "runtime": round(RUNTIME),
@@ -66,7 +75,9 @@ def available_memory() -> int:
         stats = device.memory_stats() or {}
         return int(stats.get("bytes_limit", 0)) or 1 << 62
     free = 1 << 62
-    for line in Path("/proc/meminfo").read_text().splitlines() if os.path.exists("/proc/meminfo") else ():
+    for line in (
+        Path("/proc/meminfo").read_text().splitlines() if os.path.exists("/proc/meminfo") else ()
+    ):
         if line.startswith("MemAvailable"):
             free = int(line.split()[1]) * 1024
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
@@ -79,14 +90,20 @@ def check_plan(plan: Plan, bundle: Bundle, *, batch: int, size, frames: int, out
     """Raises: DoesNotFitError with settings that fit; StorageError when the disk is too small."""
     have = available_memory()
     if plan.total > have:
-        raise DoesNotFitError(f"the run needs {plan.total / 1e9:.1f} GB of memory, {have / 1e9:.1f} GB are free; {_smaller(bundle, batch, size, frames, have)}")
+        raise DoesNotFitError(
+            f"the run needs {plan.total / 1e9:.1f} GB of memory, {have / 1e9:.1f} GB are free; {_smaller(bundle, batch, size, frames, have)}"
+        )
     place = Path(output).resolve().parent
     try:
         free = shutil.disk_usage(place).free
     except OSError as e:
-        raise StorageError(f"cannot write to {place}: {e.strerror or e}; choose another --out") from e
+        raise StorageError(
+            f"cannot write to {place}: {e.strerror or e}; choose another --out"
+        ) from e
     if plan.disk > free:
-        raise StorageError(f"the run needs {plan.disk / 1e6:.0f} MB on {place}, {free / 1e6:.0f} MB are free; free space or choose another --out")
+        raise StorageError(
+            f"the run needs {plan.disk / 1e6:.0f} MB on {place}, {free / 1e6:.0f} MB are free; free space or choose another --out"
+        )
 
 
 def _smaller(bundle: Bundle, batch: int, size, frames: int, have: int) -> str:

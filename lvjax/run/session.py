@@ -84,14 +84,18 @@ class Session:
         shown = self.frames_before(start)
         for i, (new, (latents, frames)) in enumerate(stream(self.method, state, inputs), start):
             _check_finite(latents, frames, i)
-            frames = frames[:, self.skip_first if i == 0 else self.overlap_frames :][:, : self.frames - shown]
+            frames = frames[:, self.skip_first if i == 0 else self.overlap_frames :][
+                :, : self.frames - shown
+            ]
             shown += frames.shape[1]
             yield ClipResult(i, latents, np.asarray(to_uint8(frames)), new)
 
     def with_key(self, key) -> "Session":
         """The same run with the noise of a typed key instead of the request's seed."""
         data = jax.random.key_data(row_keys(key, self.state.condition.shape[0]))
-        return dataclasses.replace(self, state=self.state.replace(key=jax.device_put(data, self.state.key.sharding)))
+        return dataclasses.replace(
+            self, state=self.state.replace(key=jax.device_put(data, self.state.key.sharding))
+        )
 
     def frames_before(self, clip: int) -> int:
         """Pixel frames shown before clip number `clip`."""
@@ -118,7 +122,9 @@ def _check_finite(latents, frames, clip: int) -> None:
     for name, x in (("latents", latents), ("frames", frames)):
         bad = ~np.isfinite(np.asarray(x)).reshape(len(x), -1).all(1)
         if bad.any():
-            raise NonFiniteError(f"{name} of clip {clip} are not finite (row {int(bad.argmax())}); the clips before it are kept; try another seed, fewer steps or less guidance")
+            raise NonFiniteError(
+                f"{name} of clip {clip} are not finite (row {int(bad.argmax())}); the clips before it are kept; try another seed, fewer steps or less guidance"
+            )
 
 
 def frame_count(seconds: float, fps: int) -> int:
@@ -135,7 +141,9 @@ def check_frames(frames: int) -> int:
     """Raises: InputError naming the two nearest counts of the form 1 + 4m."""
     if frames < 1 or frames > MAX_FRAMES or (frames - 1) % 4:
         below = max(1, min(frames, MAX_FRAMES) - (min(frames, MAX_FRAMES) - 1) % 4)
-        raise InputError(f"frames is {frames}; it must be 1 + 4m, at most {MAX_FRAMES}: the nearest are {below} and {below + 4}")
+        raise InputError(
+            f"frames is {frames}; it must be 1 + 4m, at most {MAX_FRAMES}: the nearest are {below} and {below + 4}"
+        )
     return frames
 
 
@@ -152,7 +160,9 @@ def check_size(size: tuple[int, int], bundle: Bundle) -> tuple[int, int]:
     for name, n in zip(("height", "width"), size, strict=True):
         if n < unit or n % unit:
             below = max(unit, n - n % unit)
-            raise InputError(f"{name} is {n}; it must be a multiple of {unit}: the nearest are {below} and {below + unit}")
+            raise InputError(
+                f"{name} is {n}; it must be a multiple of {unit}: the nearest are {below} and {below + unit}"
+            )
     return size
 
 
@@ -165,11 +175,17 @@ def spread(prompts: list[str], frames: int, fps: int) -> tuple[tuple[float, str]
 def check_timeline(timeline) -> None:
     """Raises: InputError for an empty timeline or prompt, a first time other than 0, or times that do not increase."""
     if not timeline:
-        raise InputError("no prompt is given; give at least one, for example --prompt 'the camera pans left'")
+        raise InputError(
+            "no prompt is given; give at least one, for example --prompt 'the camera pans left'"
+        )
     times = [t for t, _ in timeline]
     if not all(isinstance(p, str) and p.strip() for _, p in timeline):
         raise InputError("a prompt is empty; say what happens, for example 'a red circle moves up'")
-    if times[0] != 0 or not all(math.isfinite(t) for t in times) or any(a >= b for a, b in zip(times, times[1:], strict=False)):
+    if (
+        times[0] != 0
+        or not all(math.isfinite(t) for t in times)
+        or any(a >= b for a, b in zip(times, times[1:], strict=False))
+    ):
         raise InputError(f"prompt times are {times}; they must start at 0 and increase")
 
 
@@ -188,7 +204,9 @@ def open_session(bundle: Bundle, request: Request) -> Session:
     steps = d.steps if request.steps is None else request.steps
     guidance = d.guidance if request.guidance is None else request.guidance
     if not 1 <= steps <= 1000 or not (math.isfinite(guidance) and 0 <= guidance <= 100):
-        raise InputError(f"steps is {steps}, guidance {guidance}; allowed are 1 to 1000 steps and a guidance from 0 to 100")
+        raise InputError(
+            f"steps is {steps}, guidance {guidance}; allowed are 1 to 1000 steps and a guidance from 0 to 100"
+        )
     settings = ErrorFree(
         schedule=make_schedule(steps, d.shift, d.solver), solver=d.solver, guidance=None if guidance == 1 else guidance,
         window=d.window, capacity=d.capacity, layers=d.layers, overlap=d.overlap, positions=d.positions, fill=d.fill,
@@ -197,11 +215,19 @@ def open_session(bundle: Bundle, request: Request) -> Session:
     stride = bundle.vae.spatial_stride
     size = (batch, d.clip_latents, height // stride, width // stride, bundle.vae.z)
     mesh = data_mesh(batch)
-    bundle = dataclasses.replace(bundle, params=jax.device_put(bundle.params, NamedSharding(mesh, PartitionSpec())))
+    bundle = dataclasses.replace(
+        bundle, params=jax.device_put(bundle.params, NamedSharding(mesh, PartitionSpec()))
+    )
     method = METHODS[request.method](bundle.params, bundle.dit, bundle.vae, settings)
     given, source = _start(bundle, request, (height, width), batch)
     keys = row_keys(jax.random.key(request.seed), batch)
-    condition = first_condition(_encoder(bundle), source, size, fill=d.fill if source is not None else "latent", overlap=d.overlap)
+    condition = first_condition(
+        _encoder(bundle),
+        source,
+        size,
+        fill=d.fill if source is not None else "latent",
+        overlap=d.overlap,
+    )
     state = shard_state(method.init(condition, keys), mesh)
     skip, shared = max(given - 1, 0), pixel_frames(d.overlap)
     new = pixel_frames(d.clip_latents) - shared
@@ -236,7 +262,9 @@ def _start(bundle, request, size, batch):
     start = jnp.asarray(request.start, jnp.float32)
     start = start.reshape((1,) * (5 - start.ndim) + start.shape)
     if start.shape[2:4] != size:
-        raise InputError(f"the start picture is {start.shape[3]}x{start.shape[2]}, the video {size[1]}x{size[0]}; fit it first")
+        raise InputError(
+            f"the start picture is {start.shape[3]}x{start.shape[2]}, the video {size[1]}x{size[0]}; fit it first"
+        )
     given = min(start.shape[1], pixel_frames(bundle.defaults.overlap))
     given -= (given - 1) % 4
     return given, jnp.broadcast_to(start[:, -given:], (batch, given, *start.shape[2:]))
@@ -248,14 +276,18 @@ def _clip_prompts(bundle, request, num_clips: int, whole: int, new: int):
     starts = [0.0] + [(whole + i * new) / fps for i in range(num_clips - 1)]
     prompts = []
     for s in starts:
-        prompts.append(tuple([p for t, p in row if t <= s + 0.5 / fps][-1] for row in request.timelines))
+        prompts.append(
+            tuple([p for t, p in row if t <= s + 0.5 / fps][-1] for row in request.timelines)
+        )
     unknown = {}
     for text in {p for row in prompts for p in row} | {request.negative}:
         unknown |= dict(encode(text)[1])
     if not unknown:
         return prompts, ()
     words = ", ".join(f"{w!r} (nearest: {near!r})" for w, near in sorted(unknown.items()))
-    return prompts, (f"the model does not know {words}; `lvjax info` lists its {len(VOCABULARY)} words",)
+    return prompts, (
+        f"the model does not know {words}; `lvjax info` lists its {len(VOCABULARY)} words",
+    )
 
 
 class _Contexts:
@@ -264,7 +296,11 @@ class _Contexts:
     def __init__(self, bundle: Bundle, negative: str, guided: bool):
         text_cfg, dit_cfg = bundle.text, bundle.dit
         self._negative, self._guided, self._last = encode(negative)[0], guided, (None, None)
-        self._embed = jax.jit(lambda ids: embed_context(bundle.params["dit"], encode_text(bundle.params["text"], ids, text_cfg), dit_cfg))
+        self._embed = jax.jit(
+            lambda ids: embed_context(
+                bundle.params["dit"], encode_text(bundle.params["text"], ids, text_cfg), dit_cfg
+            )
+        )
         self._pool = jax.jit(lambda ids: encode_text(bundle.params["text"], ids, text_cfg).sum(1))
         self._embeddings: dict[tuple, np.ndarray] = {}
 
@@ -278,5 +314,7 @@ class _Contexts:
     def embedding(self, prompts: tuple[str, ...]) -> np.ndarray:
         """Mean-pooled text features of all rows, side by side: what clip selection compares."""
         if prompts not in self._embeddings:
-            self._embeddings[prompts] = np.asarray(self._pool(np.stack([encode(p)[0] for p in prompts]))).reshape(-1)
+            self._embeddings[prompts] = np.asarray(
+                self._pool(np.stack([encode(p)[0] for p in prompts]))
+            ).reshape(-1)
         return self._embeddings[prompts]

@@ -22,7 +22,9 @@ def load_state(path, like) -> tuple[Any, dict[str, Any]]:
     Raises: CheckpointError naming the file, and the array that is damaged or of another run.
     """
     arrays, meta = load_arrays(path)
-    return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), restore_tree(like, arrays, str(path)), like), meta
+    return jax.tree.map(
+        lambda a, b: jax.device_put(a, b.sharding), restore_tree(like, arrays, str(path)), like
+    ), meta
 
 
 def load_meta(path) -> dict[str, Any]:

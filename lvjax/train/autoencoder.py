@@ -8,7 +8,9 @@ from lvjax.models.config import VAEConfig
 from lvjax.models.vae import decode, encode_moments, normalise
 
 
-def autoencoder_loss(cfg: VAEConfig, *, kl: float = 1e-4, latent_noise: float = 0.1, motion: float = 1.0):
+def autoencoder_loss(
+    cfg: VAEConfig, *, kl: float = 1e-4, latent_noise: float = 0.1, motion: float = 1.0
+):
     """loss(params, video, key) for video uint8 [B, P, H, W, 3], P = 1 + 4m.
 
     L1 + L2 of the pixels + `motion` · L1 of the frame differences + `kl` · mean square of the latent means; the decoder sees latents with

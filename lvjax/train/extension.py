@@ -41,7 +41,9 @@ def condition_of(latents, given, noise=None):
     known = jnp.arange(latents.shape[1], dtype=jnp.int32)[None, :] < given[:, None]
     known = known[:, :, None, None, None]
     mask = jnp.broadcast_to(known, (*latents.shape[:-1], 4)).astype(latents.dtype)
-    return jnp.concatenate([mask, jnp.where(known, latents if noise is None else latents + noise, 0.0)], axis=-1)
+    return jnp.concatenate(
+        [mask, jnp.where(known, latents if noise is None else latents + noise, 0.0)], axis=-1
+    )
 
 
 def remember(params, history, context, frames, cfg: DiTConfig, task: ExtensionTask):
@@ -51,14 +53,25 @@ def remember(params, history, context, frames, cfg: DiTConfig, task: ExtensionTa
     Returns a cache with K + 1 clip slots, the last one empty.
     """
     b, k, t, h, w, _ = history.shape
-    cache = init_cache(cfg, b, (k + 1) * t, (h // cfg.patch[1], w // cfg.patch[2]), task.memory_layers, "float32")
+    cache = init_cache(
+        cfg, b, (k + 1) * t, (h // cfg.patch[1], w // cfg.patch[2]), task.memory_layers, "float32"
+    )
     table = _table(cfg, cache.grid)
     for i in range(k):
         own = jnp.arange((k + 1) * t, dtype=jnp.int32) // t == i
         past = open_past(cache, table, i * t, own)
         known = condition_of(history[:, i], jnp.full((b,), 2 if i else 1, jnp.int32))
         ctx = jax.tree.map(lambda c, i=i: c[i], context)
-        _, past, keys = dit(params, history[:, i], jnp.zeros((b,)), ctx, cfg, condition=known, rotation=table(frames[i]), past=past)
+        _, past, keys = dit(
+            params,
+            history[:, i],
+            jnp.zeros((b,)),
+            ctx,
+            cfg,
+            condition=known,
+            rotation=table(frames[i]),
+            past=past,
+        )
         cache = commit(cache, past, keys, i * t, frames[i])
     return jax.lax.stop_gradient(cache)
 
@@ -78,7 +91,9 @@ def extension_loss(cfg: DiTConfig, text_cfg: PocketTextConfig, task: ExtensionTa
         z = batch["latents"].astype(jnp.float32)
         b, t = z.shape[:2]
         keys = jax.random.split(key, 7)
-        given = jax.random.choice(keys[0], len(task.given), (b,), p=jnp.array(task.given)).astype(jnp.int32)
+        given = jax.random.choice(keys[0], len(task.given), (b,), p=jnp.array(task.given)).astype(
+            jnp.int32
+        )
         ids = jnp.where(jax.random.uniform(keys[1], (b, 1)) < task.drop_text, 0, batch["ids"])
         context = embed_context(params["dit"], encode_text(params["text"], ids, text_cfg), cfg)
         u = jax.random.uniform(keys[2], (b,))
@@ -90,19 +105,34 @@ def extension_loss(cfg: DiTConfig, text_cfg: PocketTextConfig, task: ExtensionTa
         past = rotation = None
         if task.memory_layers is not None:
             past, rotation = _open_memory(params, batch, z, keys[6])
-        v, _, _ = dit(params["dit"], (1 - s) * z + s * noise, 1000 * sigma, context, cfg, condition=condition, rotation=rotation, past=past)
-        weight = (jnp.arange(t, dtype=jnp.int32)[None, :] >= given[:, None]).astype(jnp.float32)[:, :, None, None, None]
+        v, _, _ = dit(
+            params["dit"],
+            (1 - s) * z + s * noise,
+            1000 * sigma,
+            context,
+            cfg,
+            condition=condition,
+            rotation=rotation,
+            past=past,
+        )
+        weight = (jnp.arange(t, dtype=jnp.int32)[None, :] >= given[:, None]).astype(jnp.float32)[
+            :, :, None, None, None
+        ]
         error = jnp.square(v - (noise - z)) * weight
         return error.sum() / (weight.sum() * z[0, 0].size), {}
 
     def _open_memory(params, batch, z, key):
         k, t = batch["history"].shape[1], z.shape[1]
         frames = -batch["history_gap"][0][:, None] + jnp.arange(t, dtype=jnp.int32)[None, :]
-        text = encode_text(params["text"], batch["history_ids"].reshape(-1, text_cfg.length), text_cfg)
+        text = encode_text(
+            params["text"], batch["history_ids"].reshape(-1, text_cfg.length), text_cfg
+        )
         text = text.reshape(len(z), k, *text.shape[1:])
         contexts = jax.vmap(lambda x: embed_context(params["dit"], x, cfg), in_axes=1)(text)
         fixed = jax.lax.stop_gradient((params["dit"], contexts))
-        cache = remember(fixed[0], batch["history"].astype(jnp.float32), fixed[1], frames, cfg, task)
+        cache = remember(
+            fixed[0], batch["history"].astype(jnp.float32), fixed[1], frames, cfg, task
+        )
         seen = jnp.append(jax.random.uniform(key, (k,)) < 0.75, True)
         past = open_past(cache, _table(cfg, cache.grid), k * t, jnp.repeat(seen, t))
         return past, _table(cfg, cache.grid)(jnp.arange(t, dtype=jnp.int32))

@@ -57,17 +57,27 @@ def make_optimizer(o: TrainOptions) -> optax.GradientTransformation:
     """AdamW with global-norm clipping and a trapezoidal learning rate."""
     hold = max(int(o.steps * o.decay_from), o.warmup)
     rate = optax.join_schedules(
-        [optax.linear_schedule(0.0, o.peak, o.warmup), optax.constant_schedule(o.peak), optax.linear_schedule(o.peak, 0.0, max(o.steps - hold, 1))],
+        [
+            optax.linear_schedule(0.0, o.peak, o.warmup),
+            optax.constant_schedule(o.peak),
+            optax.linear_schedule(o.peak, 0.0, max(o.steps - hold, 1)),
+        ],
         [o.warmup, hold],
     )
-    return optax.chain(optax.clip_by_global_norm(o.clip), optax.adamw(rate, b2=o.b2, weight_decay=o.weight_decay))
+    return optax.chain(
+        optax.clip_by_global_norm(o.clip), optax.adamw(rate, b2=o.b2, weight_decay=o.weight_decay)
+    )
 
 
 def init_state(params, optimizer) -> TrainState:
-    return TrainState(params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros((), jnp.int32))
+    return TrainState(
+        params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros((), jnp.int32)
+    )
 
 
-def make_step(loss: Callable, optimizer, o: TrainOptions, trainable: Callable[[str], bool] | None = None) -> Callable:
+def make_step(
+    loss: Callable, optimizer, o: TrainOptions, trainable: Callable[[str], bool] | None = None
+) -> Callable:
     """`loss(params, batch, key) -> (scalar, metrics)`; returns step(state, batch) -> (state, metrics), jitted, state donated.
 
     trainable: which top-level entries of the parameter tree move; the others keep their values.
@@ -77,11 +87,16 @@ def make_step(loss: Callable, optimizer, o: TrainOptions, trainable: Callable[[s
         key = jax.random.fold_in(jax.random.key(o.seed), state.step)
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
         if trainable is not None:
-            grads = {k: g if trainable(k) else jax.tree.map(jnp.zeros_like, g) for k, g in grads.items()}
+            grads = {
+                k: g if trainable(k) else jax.tree.map(jnp.zeros_like, g) for k, g in grads.items()
+            }
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 counter with floats
             updates, opt = optimizer.update(grads, state.opt, state.params)
         if trainable is not None:
-            updates = {k: u if trainable(k) else jax.tree.map(jnp.zeros_like, u) for k, u in updates.items()}
+            updates = {
+                k: u if trainable(k) else jax.tree.map(jnp.zeros_like, u)
+                for k, u in updates.items()
+            }
         params = optax.apply_updates(state.params, updates)
         n = state.step.astype(jnp.float32)
         decay = jnp.minimum(o.ema, (1 + n) / (10 + n))
@@ -108,15 +123,34 @@ class Metrics:
     def __init__(self, path, step: int):
         self.path = Path(path)
         if self.path.exists():
-            lines = [x for x in self.path.read_text().splitlines() if x.endswith("}") and json.loads(x)["step"] <= step]
+            lines = [
+                x
+                for x in self.path.read_text().splitlines()
+                if x.endswith("}") and json.loads(x)["step"] <= step
+            ]
             self.path.write_text("".join(x + "\n" for x in lines))
 
     def write(self, **values) -> None:
         with self.path.open("a") as f:
-            f.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+            f.write(
+                json.dumps(
+                    {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+                )
+                + "\n"
+            )
 
 
-def fit(step: Callable, state: TrainState, batches: Callable[[int], Any], o: TrainOptions, folder, *, seconds: float | None = None, devices: int = 1, report=None) -> TrainState:
+def fit(
+    step: Callable,
+    state: TrainState,
+    batches: Callable[[int], Any],
+    o: TrainOptions,
+    folder,
+    *,
+    seconds: float | None = None,
+    devices: int = 1,
+    report=None,
+) -> TrainState:
     """Train to `o.steps` from the newest snapshot in `folder`, for at most `seconds` if given.
 
     batches: step number -> pytree of arrays with the batch first.  report: called with each logged dict.
@@ -138,7 +172,9 @@ def fit(step: Callable, state: TrainState, batches: Callable[[int], Any], o: Tra
         if n % o.log_every == 0 or n == o.steps:
             values = {k: float(v) for k, v in values.items()}
             if not all(map(jnp.isfinite, values.values())):
-                raise NonFiniteError(f"step {n}: loss is {values['loss']}; lower the learning rate and rerun: it resumes from {snapshot}")
+                raise NonFiniteError(
+                    f"step {n}: loss is {values['loss']}; lower the learning rate and rerun: it resumes from {snapshot}"
+                )
             now = time.monotonic()
             line = {"step": n, "seconds_per_step": (now - mark) / (n - first), **values}
             mark, first = now, n

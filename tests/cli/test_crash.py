@@ -20,7 +20,18 @@ pytestmark = pytest.mark.long
 
 
 def command(model, out, *args) -> list[str]:
-    return [sys.executable, "-m", "lvjax.cli.main", "generate", "--model", str(model), "--out", str(out), "--quiet", *args]
+    return [
+        sys.executable,
+        "-m",
+        "lvjax.cli.main",
+        "generate",
+        "--model",
+        str(model),
+        "--out",
+        str(out),
+        "--quiet",
+        *args,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +42,25 @@ def model(tmp_path_factory):
 
 
 def test_twenty_kills_twenty_equal_videos(model, tmp_path):
-    run = ["--prompt", "the camera pans left", "--prompt", "a red circle moves up", "--frames", "965", "--seed", "3"]
+    run = [
+        "--prompt",
+        "the camera pans left",
+        "--prompt",
+        "a red circle moves up",
+        "--frames",
+        "965",
+        "--seed",
+        "3",
+    ]
     whole = tmp_path / "whole.mp4"
     subprocess.run(command(model, whole, *run), check=True)
     began = time.monotonic()
     subprocess.run(command(model, whole, *run, "--overwrite"), check=True)
     duration = time.monotonic() - began
-    wanted, digest = read_video(whole)[0], json.loads(whole.with_suffix(".json").read_text())["latents"]
+    wanted, digest = (
+        read_video(whole)[0],
+        json.loads(whole.with_suffix(".json").read_text())["latents"],
+    )
     moments, playable = random.Random(7), 0
     for i in range(20):
         out = tmp_path / f"cut{i}.mp4"
@@ -51,9 +74,20 @@ def test_twenty_kills_twenty_equal_videos(model, tmp_path):
                 state_frames = len(read_video(out)[0])
             except ValueError as e:
                 assert "no frames" in str(e)
-            np.testing.assert_array_equal(read_video(out)[0] if state_frames else wanted[:0], wanted[:state_frames])
+            np.testing.assert_array_equal(
+                read_video(out)[0] if state_frames else wanted[:0], wanted[:state_frames]
+            )
             playable += state_frames > 0
-        subprocess.run(command(model, out, *run, "--resume", *([] if os.path.exists(f"{out}.state") else ["--overwrite"])), check=True)
+        subprocess.run(
+            command(
+                model,
+                out,
+                *run,
+                "--resume",
+                *([] if os.path.exists(f"{out}.state") else ["--overwrite"]),
+            ),
+            check=True,
+        )
         assert json.loads(out.with_suffix(".json").read_text())["latents"] == digest
         np.testing.assert_array_equal(read_video(out)[0], wanted)
         for path in tmp_path.glob(f"cut{i}.*"):
@@ -64,7 +98,11 @@ def test_twenty_kills_twenty_equal_videos(model, tmp_path):
 def peak_memory(args: list[str]) -> float:
     """Peak resident bytes of a whole process."""
     code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-    return 1024 * float(subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True).stdout.split()[-1])
+    return 1024 * float(
+        subprocess.run(
+            [sys.executable, "-c", code, *args], capture_output=True, text=True, check=True
+        ).stdout.split()[-1]
+    )
 
 
 def test_ten_minutes_need_the_memory_of_one(tmp_path):

@@ -39,19 +39,40 @@ def test_a_run_writes_a_playable_video_with_its_card(model, tmp_path, capsys):
     assert frames.shape == (41, 32, 32, 3) and fps == 8
     card = read_card(out)
     assert card["options"]["timelines"][0][1] == [2.5, "a red circle moves up"]
-    assert json.loads(out.with_suffix(".json").read_text())["weights"].keys() == {"dit", "vae", "text"}
+    assert json.loads(out.with_suffix(".json").read_text())["weights"].keys() == {
+        "dit",
+        "vae",
+        "text",
+    }
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.mp4"]
     printed = capsys.readouterr()
     assert "plan: 41 frames in 3 clips" in printed.out and "3/3" in printed.err
 
 
 def test_replay_makes_the_same_latents(model, tmp_path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)).save(tmp_path / "photo.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)).save(
+        tmp_path / "photo.png"
+    )
     out = tmp_path / "a.mp4"
-    assert generate(model, out, *PROMPTS, "--frames", "29", "--image", str(tmp_path / "photo.png"), "--seed", "4") == 0
+    assert (
+        generate(
+            model,
+            out,
+            *PROMPTS,
+            "--frames",
+            "29",
+            "--image",
+            str(tmp_path / "photo.png"),
+            "--seed",
+            "4",
+        )
+        == 0
+    )
     (tmp_path / "photo.png").unlink()
     assert main(["replay", str(out)]) == 0
-    digests = [json.loads((tmp_path / name).read_text())["latents"] for name in ("a.json", "a-replay.json")]
+    digests = [
+        json.loads((tmp_path / name).read_text())["latents"] for name in ("a.json", "a-replay.json")
+    ]
     assert digests[0] == digests[1]
 
 
@@ -87,8 +108,22 @@ def test_an_interrupted_run_resumes_to_the_same_file(model, tmp_path):
 
 
 def test_a_batch_is_one_file_per_prompt_and_video(model, tmp_path):
-    (tmp_path / "prompts.txt").write_text("the camera pans left\n\n# a comment\na red circle moves up\n")
-    assert generate(model, tmp_path / "b.mp4", "--prompt-file", str(tmp_path / "prompts.txt"), "--num-videos", "2", "--frames", "17") == 0
+    (tmp_path / "prompts.txt").write_text(
+        "the camera pans left\n\n# a comment\na red circle moves up\n"
+    )
+    assert (
+        generate(
+            model,
+            tmp_path / "b.mp4",
+            "--prompt-file",
+            str(tmp_path / "prompts.txt"),
+            "--num-videos",
+            "2",
+            "--frames",
+            "17",
+        )
+        == 0
+    )
     videos = [read_video(tmp_path / f"b-{i:03d}.mp4")[0] for i in range(4)]
     assert all(v.shape == (17, 32, 32, 3) for v in videos) and (videos[0] != videos[1]).any()
     assert read_card(tmp_path / "b-003.mp4")["row"] == 3
@@ -96,14 +131,39 @@ def test_a_batch_is_one_file_per_prompt_and_video(model, tmp_path):
 
 def test_continue_a_video(model, tmp_path):
     assert generate(model, tmp_path / "a.mp4", *PROMPTS, "--frames", "17") == 0
-    assert generate(model, tmp_path / "b.mp4", *PROMPTS, "--frames", "25", "--video", str(tmp_path / "a.mp4")) == 0
+    assert (
+        generate(
+            model,
+            tmp_path / "b.mp4",
+            *PROMPTS,
+            "--frames",
+            "25",
+            "--video",
+            str(tmp_path / "a.mp4"),
+        )
+        == 0
+    )
     assert read_video(tmp_path / "b.mp4")[0].shape[0] == 25
 
 
 def test_config_and_set_reach_everything(model, tmp_path):
     config = tmp_path / "c.py"
-    config.write_text('from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({"prompt": ["the camera pans up"], "frames": 17, "defaults": {"shift": 5.0}})\n')
-    assert generate(model, tmp_path / "a.mp4", "--config", str(config), "--set", "defaults.upscale=1", "--set", "frames=21") == 0
+    config.write_text(
+        'from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({"prompt": ["the camera pans up"], "frames": 17, "defaults": {"shift": 5.0}})\n'
+    )
+    assert (
+        generate(
+            model,
+            tmp_path / "a.mp4",
+            "--config",
+            str(config),
+            "--set",
+            "defaults.upscale=1",
+            "--set",
+            "frames=21",
+        )
+        == 0
+    )
     card = read_card(tmp_path / "a.mp4")
     assert card["options"]["defaults"]["shift"] == 5.0 and card["options"]["frames"] == 21
     assert read_video(tmp_path / "a.mp4")[0].shape == (21, 16, 16, 3)
@@ -137,14 +197,19 @@ def test_bad_input_is_one_line_with_its_exit_code(model, tmp_path, capsys, args,
     except SystemExit as e:
         found = e.code
     err = capsys.readouterr().err.strip()
-    assert found == code and message in err and len(err.splitlines()) == 1 and "Traceback" not in err
+    assert (
+        found == code and message in err and len(err.splitlines()) == 1 and "Traceback" not in err
+    )
     assert not out.exists() and not list(tmp_path.glob("*.lock"))
 
 
 def test_an_existing_video_is_not_lost(model, tmp_path, capsys):
     (tmp_path / "a.mp4").write_bytes(b"precious")
     assert generate(model, tmp_path / "a.mp4", *PROMPTS, "--frames", "5") == 2
-    assert "--overwrite" in capsys.readouterr().err and (tmp_path / "a.mp4").read_bytes() == b"precious"
+    assert (
+        "--overwrite" in capsys.readouterr().err
+        and (tmp_path / "a.mp4").read_bytes() == b"precious"
+    )
     assert generate(model, tmp_path / "a.mp4", *PROMPTS, "--frames", "5", "--overwrite") == 0
 
 
@@ -189,7 +254,22 @@ def test_a_second_run_on_the_same_output_is_told_of_the_first(model, tmp_path):
     first = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout.readline().strip() == "held"
-        second = subprocess.run([sys.executable, "-m", "lvjax.cli.main", "generate", "--model", model, "--prompt", "x", "--out", str(out)], capture_output=True, text=True)
+        second = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "lvjax.cli.main",
+                "generate",
+                "--model",
+                model,
+                "--prompt",
+                "x",
+                "--out",
+                str(out),
+            ],
+            capture_output=True,
+            text=True,
+        )
         assert second.returncode == 7 and str(first.pid) in second.stderr
     finally:
         first.kill()

@@ -7,7 +7,16 @@ import pytest
 from lvjax.core.errors import InputError
 from lvjax.data.clips import CLIP_FRAMES, ClipStore, render
 from lvjax.data.judge import camera_of, colour_of, object_direction
-from lvjax.data.prompts import CAMERAS, COLOURS, DIRECTIONS, MAX_WORDS, SHAPES, VOCABULARY, Action, encode
+from lvjax.data.prompts import (
+    CAMERAS,
+    COLOURS,
+    DIRECTIONS,
+    MAX_WORDS,
+    SHAPES,
+    VOCABULARY,
+    Action,
+    encode,
+)
 from lvjax.data.scenes import HELD_OUT_PHOTOS, PHOTOS
 from lvjax.data.world import CLIP_STRIDE, GIVEN, MOTIONS, Video, combinations, is_held_out
 
@@ -47,7 +56,9 @@ def test_splits_share_no_photograph_and_no_combination():
             video.frames(0, 200)
             for s in video.segments:
                 if s.action.colour and s.action.motion != "stay":
-                    assert is_held_out(s.action.colour, s.action.shape, s.action.motion) == (split == "held_out")
+                    assert is_held_out(s.action.colour, s.action.shape, s.action.motion) == (
+                        split == "held_out"
+                    )
 
 
 @pytest.mark.parametrize("camera", CAMERAS)

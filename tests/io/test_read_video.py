@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Videos that people have: any container, rotated, variable rate, cut short, or not a video at all."""
+"""Videos that people have: any container, rotated, variable rate, cut short, or no video at all."""
 
 import struct
 from fractions import Fraction
@@ -14,7 +14,7 @@ from lvjax.io.video import FragmentedWriter, read_video
 
 
 def levels(count, size=(64, 48)):
-    """Frames of one grey each, 10 levels apart (cycling), so that they can be told after encoding."""
+    """Frames of one grey each, 10 levels apart (cycling): they can be told after encoding."""
     grey = (20 + 10 * (np.arange(count) % 20)).astype(np.uint8)
     return np.broadcast_to(grey[:, None, None, None], (count, size[1], size[0], 3))
 

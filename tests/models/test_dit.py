@@ -200,7 +200,7 @@ def test_wrong_shapes_are_refused():
 
     with pytest.raises(InputError, match="axis C must be 4"):
         call(latents=jnp.zeros((2, 3, 4, 4, 5)))
-    with pytest.raises(InputError, match="multiple of the patch"):
+    with pytest.raises(InputError, match="multiples of the patch"):
         call(latents=jnp.zeros((2, 3, 4, 5, 4)))
     with pytest.raises(InputError, match="divisor of 12 tokens"):
         call(timestep=jnp.zeros((2, 5)))

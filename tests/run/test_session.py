@@ -40,9 +40,21 @@ def test_exactly_the_frames_asked_for(bundle, frames):
 
 def test_image_is_the_first_frame_and_a_video_joins_at_its_last(bundle):
     image = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
-    assert lvjax.generate(bundle, PROMPT, image=image, num_frames=21).frames.shape == (1, 21, 16, 16, 3)
+    assert lvjax.generate(bundle, PROMPT, image=image, num_frames=21).frames.shape == (
+        1,
+        21,
+        16,
+        16,
+        3,
+    )
     video = np.stack([image] * 9)
-    assert lvjax.generate(bundle, PROMPT, video=video, num_frames=25).frames.shape == (1, 25, 16, 16, 3)
+    assert lvjax.generate(bundle, PROMPT, video=video, num_frames=25).frames.shape == (
+        1,
+        25,
+        16,
+        16,
+        3,
+    )
 
 
 def test_a_prompt_only_changes_what_comes_after_it(bundle):
@@ -71,10 +83,18 @@ def test_a_batch_is_spread_over_the_devices(bundle):
 
 def test_key_and_seed_agree_and_callback_is_called(bundle):
     calls = []
-    a = lvjax.generate(bundle, PROMPT, num_frames=29, key=jax.random.key(5), callback=lambda c: calls.append(c.clip))
+    a = lvjax.generate(
+        bundle,
+        PROMPT,
+        num_frames=29,
+        key=jax.random.key(5),
+        callback=lambda c: calls.append(c.clip),
+    )
     b = lvjax.generate(bundle, PROMPT, num_frames=29, seed=5)
     np.testing.assert_array_equal(a.frames, b.frames)
-    assert calls == [0, 1] and (lvjax.generate(bundle, PROMPT, num_frames=29).frames != b.frames).any()
+    assert (
+        calls == [0, 1] and (lvjax.generate(bundle, PROMPT, num_frames=29).frames != b.frames).any()
+    )
 
 
 def test_unknown_words_are_a_notice(bundle):

@@ -55,7 +55,10 @@ def test_a_run_cut_anywhere_equals_the_uninterrupted_one(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, again, whole)
         lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [x["step"] for x in lines] == [3, 6, 9, 12]
-        losses = [json.loads(x)["loss"] for x in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+        losses = [
+            json.loads(x)["loss"]
+            for x in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+        ]
         assert [x["loss"] for x in lines] == losses
 
 
@@ -106,15 +109,28 @@ def memory_batch(rng):
 def test_memory_batches_hold_earlier_clips():
     rng = np.random.default_rng(0)
     batch = memory_batch(rng)
-    assert batch["history"].shape == (2, 1, 5, 4, 4, 16) and batch["history_ids"].shape == (2, 1, 16)
+    assert batch["history"].shape == (2, 1, 5, 4, 4, 16) and batch["history_ids"].shape == (
+        2,
+        1,
+        16,
+    )
     assert (batch["history_gap"] >= 3).all()
 
 
 def test_gradients_do_not_reach_history_and_memory_matters():
     batch = memory_batch(np.random.default_rng(0))
-    batch = {k: jnp.asarray(v, jnp.float32) if v.dtype == np.float16 else jnp.asarray(v) for k, v in batch.items()}
+    batch = {
+        k: jnp.asarray(v, jnp.float32) if v.dtype == np.float16 else jnp.asarray(v)
+        for k, v in batch.items()
+    }
     task = ExtensionTask(memory_layers=(1, 2), drop_text=0.0)
-    f = jax.jit(jax.value_and_grad(lambda h, key: extension_loss(DIT, TEXT, task)(tiny_params(), batch | {"history": h}, key)[0]))
+    f = jax.jit(
+        jax.value_and_grad(
+            lambda h, key: extension_loss(DIT, TEXT, task)(
+                tiny_params(), batch | {"history": h}, key
+            )[0]
+        )
+    )
     values = [f(batch["history"] * s, jax.random.key(i)) for i in range(4) for s in (1.0, -1.0)]
     assert any(a != b for (a, _), (b, _) in zip(values[::2], values[1::2], strict=True))
     assert not any(np.any(g) for _, g in values)
@@ -122,8 +138,13 @@ def test_gradients_do_not_reach_history_and_memory_matters():
 
 def test_extension_loss_ignores_given_frames_and_learns():
     rng = np.random.default_rng(1)
-    batch = {"latents": rng.standard_normal((4, 5, 4, 4, 16)).astype(np.float32), "ids": rng.integers(1, 20, (4, 16)).astype(np.int32)}
-    f = jax.jit(jax.value_and_grad(lambda p, k: extension_loss(DIT, TEXT, ExtensionTask())(p, batch, k)[0]))
+    batch = {
+        "latents": rng.standard_normal((4, 5, 4, 4, 16)).astype(np.float32),
+        "ids": rng.integers(1, 20, (4, 16)).astype(np.int32),
+    }
+    f = jax.jit(
+        jax.value_and_grad(lambda p, k: extension_loss(DIT, TEXT, ExtensionTask())(p, batch, k)[0])
+    )
     value, grads = f(tiny_params(), jax.random.key(0))
     assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     assert np.any(grads["text"]["word"]) and np.any(grads["dit"]["condition_embedding"]["kernel"])
@@ -135,10 +156,19 @@ def test_extension_loss_ignores_given_frames_and_learns():
 
 def test_inflated_autoencoder_repeats_a_picture_in_time():
     params = inflate(init(vae_spec(VAE), jax.random.key(0)))
-    still = np.broadcast_to(np.random.default_rng(0).integers(0, 255, (1, 1, 16, 16, 3), np.uint8), (1, 5, 16, 16, 3))
+    still = np.broadcast_to(
+        np.random.default_rng(0).integers(0, 255, (1, 1, 16, 16, 3), np.uint8), (1, 5, 16, 16, 3)
+    )
     value, metrics = autoencoder_loss(VAE, latent_noise=0.0)(params, still, jax.random.key(0))
     assert np.isfinite(value) and np.isfinite(metrics["psnr"])
     from lvjax.models.vae import decode, encode
 
-    video = decode(params, encode(params, still.astype(np.float32) / 127.5 - 1, VAE, piece="all"), VAE, piece="all")
-    np.testing.assert_allclose(video[:, 1:], np.broadcast_to(video[:, :1], video[:, 1:].shape), atol=1e-4)
+    video = decode(
+        params,
+        encode(params, still.astype(np.float32) / 127.5 - 1, VAE, piece="all"),
+        VAE,
+        piece="all",
+    )
+    np.testing.assert_allclose(
+        video[:, 1:], np.broadcast_to(video[:, :1], video[:, 1:].shape), atol=1e-4
+    )
