@@ -2,7 +2,8 @@
 """A minute of video from a real photograph and four prompts, with the pocket model.
 
 Run:      lvjax generate --config demo --out demo.mp4        (`make demo` does this)
-Expects:  481 frames at 8 frames/s: a pan over the mountains, a red circle crossing, a pan upwards, a zoom out with a blue square.
+Expects:  481 frames at 8 frames/s: a pan over the mountains, a red circle crossing, a pan upwards,
+  a zoom out with a blue square.
 """
 
 from importlib import resources

@@ -2,8 +2,10 @@
 """The pocket model, trained from nothing on the pocket world.
 
 Run:      lvjax train --config configs/pocket.py --folder runs/pocket
-Expects:  the autoencoder, the latents, the video-extension DiT and runs/pocket/bundle, a folder that
-          `lvjax generate --model runs/pocket/bundle` loads.  The model card says what it took and what it gave.
+Expects:  the autoencoder, the latents, the video-extension DiT and runs/pocket/bundle, a folder
+  that
+          `lvjax generate --model runs/pocket/bundle` loads.  The model card says what it took and
+          what it gave.
 """
 
 import dataclasses

@@ -6,7 +6,9 @@ __all__ = ["generate", "load", "prepare", "stream"]
 
 
 def __getattr__(name: str):
-    """The Python face, imported when first used, so that `import lvjax.core` needs nothing but jax and numpy."""
+    """The Python face, imported when first used, so that `import lvjax.core` needs nothing but jax
+    and numpy.
+    """
     if name in __all__:
         from lvjax import api
 

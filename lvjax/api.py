@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python face: `load`, `generate`, `stream`, with the argument names that diffusers' users know.
+"""The Python face: `load`, `generate`, `stream`, with the argument names that diffusers' users
+know.
 
 import jax, lvjax
 pocket = lvjax.load("pocket")
-video = lvjax.generate(pocket, "the camera pans left over a landscape", num_frames=121, key=jax.random.key(0))
+video = lvjax.generate(pocket, "the camera pans left over a landscape", num_frames=121,
+key=jax.random.key(0))
 video.frames[0]   # uint8 [P, H, W, 3]
 """
 
@@ -24,7 +26,8 @@ __all__ = ["Bundle", "ClipResult", "Video", "generate", "load", "prepare", "stre
 
 @dataclass(frozen=True)
 class Video:
-    """frames: uint8 [B, P, H, W, 3].  latents: float32 [K, B, T, h, w, z], every clip with the frames it was given.  fps: frames per second.
+    """frames: uint8 [B, P, H, W, 3].  latents: float32 [K, B, T, h, w, z], every clip with the
+    frames it was given.  fps: frames per second.
 
     notices: what the user should know, for instance words that the model does not know.
     """
@@ -61,12 +64,15 @@ def prepare(
 ) -> Session:
     """A run that is ready: its method, first state and clips, for those who drive it themselves.
 
-    prompt: one prompt; a list of prompts, spread evenly over the video; or a timeline [(seconds, prompt), ...].  A batch is a
+    prompt: one prompt; a list of prompts, spread evenly over the video; or a timeline [(seconds,
+      prompt), ...].  A batch is a
       list of such lists or timelines.
-    image: uint8 [H, W, 3], the first frame; it is fitted to the size.  video: uint8 [P, H, W, 3], to be continued; not both.
+    image: uint8 [H, W, 3], the first frame; it is fitted to the size.  video: uint8 [P, H, W, 3],
+      to be continued; not both.
     num_frames (1 + 4m) or seconds; the default is one clip of 17 frames.
     height, width: multiples of the model's unit (64 x 64 for the pocket model by default).
-    guidance_scale: 1 means no guidance.  num_inference_steps: of the sampler; T-RFlow stops before the last.
+    guidance_scale: 1 means no guidance.  num_inference_steps: of the sampler; T-RFlow stops before
+      the last.
     Raises: InputError with the nearest legal values.
     """
     d = bundle.defaults
@@ -101,7 +107,9 @@ def prepare(
 
 
 def stream(bundle: Bundle, prompt, **options) -> Iterator[ClipResult]:
-    """Yield a `ClipResult` per clip while the video is made; memory does not grow.  Options as in `prepare`."""
+    """Yield a `ClipResult` per clip while the video is made; memory does not grow.  Options as in
+    `prepare`.
+    """
     enable_compilation_cache()
     yield from prepare(bundle, prompt, **options).run()
 

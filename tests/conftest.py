@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The suite runs on the CPU with 8 simulated devices, strict dtype promotion and no silent rank promotion."""
+"""The suite runs on the CPU with 8 simulated devices, strict dtype promotion and no silent rank
+promotion.
+"""
 
 import os
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs: a Python file with get_config() -> ConfigDict, found by path or by name, changed by --set, turned into dataclasses."""
+"""Configs: a Python file with get_config() -> ConfigDict, found by path or by name, changed by
+--set, turned into dataclasses.
+"""
 
 import ast
 import dataclasses
@@ -13,7 +15,8 @@ from lvjax.core.errors import InputError
 
 
 def find(name: str) -> Path:
-    """A config file: a path, or the name of one that comes with lvjax ("pocket" or "configs/pocket.py").
+    """A config file: a path, or the name of one that comes with lvjax ("pocket" or
+    "configs/pocket.py").
 
     Raises: InputError listing the names that exist.
     """
@@ -33,7 +36,8 @@ def find(name: str) -> Path:
 def load(name: str, changes: list[str] = ()):
     """The ConfigDict of a config with `changes` ("a.b=value") applied.
 
-    Raises: InputError for a file without get_config, an unknown key (with the nearest), or a value that is not Python.
+    Raises: InputError for a file without get_config, an unknown key (with the nearest), or a value
+    that is not Python.
     """
     path = find(name)
     get_config = runpy.run_path(str(path)).get("get_config")

@@ -141,12 +141,15 @@ def _start(args, output: Path) -> Bundle:
 def _same_weights(card, bundle: Bundle) -> None:
     if card["weights"] != bundle.hashes:
         raise InputError(
-            f"the run was begun with other weights of {bundle.name}; put them back or start again with --overwrite"
+            f"the run was begun with other weights of {bundle.name}; put them back or start "
+            "again with --overwrite"
         )
 
 
 def _options(args) -> dict:
-    """Settings from the config, then the command line; "defaults" is a function Defaults -> Defaults."""
+    """Settings from the config, then the command line; "defaults" is a function Defaults ->
+    Defaults.
+    """
     loaded = (
         configs.load(args.config, [c for c in args.set if not c.startswith("defaults.")])
         if args.config
@@ -154,7 +157,8 @@ def _options(args) -> dict:
     )
     if unknown := sorted(set(loaded) - set(OPTIONS) - {"defaults"}):
         raise InputError(
-            f"{args.config}: {unknown[0]!r} is no setting of generate; allowed are {', '.join(OPTIONS)} and defaults"
+            f"{args.config}: {unknown[0]!r} is no setting of generate; allowed are "
+            f"{', '.join(OPTIONS)} and defaults"
         )
     options = {k: loaded.get(k) for k in OPTIONS} | {
         k: v for k in OPTIONS if (v := getattr(args, k)) is not None
@@ -189,9 +193,16 @@ def make_request(bundle: Bundle, options: dict) -> tuple[Request, list[str]]:
     for row in rows:
         check_timeline(row)
     request = Request(
-        tuple(rows), frames, options.get("negative_prompt") or "", start, size, options.get("steps"), options.get("guidance"),
-        options.get("seed") or 0, options.get("method") or "error_free",
-    )  # fmt: skip
+        tuple(rows),
+        frames,
+        options.get("negative_prompt") or "",
+        start,
+        size,
+        options.get("steps"),
+        options.get("guidance"),
+        options.get("seed") or 0,
+        options.get("method") or "error_free",
+    )
     return request, notices
 
 
@@ -204,7 +215,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _start_frames(options: dict, size: tuple[int, int], d: Defaults):
-    """Start frames in [-1, 1], rounded to 8 bits so that the card holds them exactly; and notices."""
+    """Start frames in [-1, 1], rounded to the 8 bits that the card holds; and notices."""
     if options.get("image"):
         image, notices = read_image(options["image"])
         frames = fit_image(image, size)[None]
@@ -237,7 +248,8 @@ def _moment(line: str, source) -> tuple[float, str]:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)s?[:,\s]\s*(.*)", line)
     if not found or not found[2]:
         raise InputError(
-            f"{source}: {line!r} is not a time and a prompt; write for example: 3.5 the camera pans left"
+            f"{source}: {line!r} is not a time and a prompt; write for example: 3.5 the camera "
+            "pans left"
         )
     return float(found[1]), found[2]
 
@@ -264,7 +276,8 @@ def _proceed(bundle: Bundle, output: Path, quiet: bool) -> int:
             elif not quiet:
                 rate = (p.frame - last) / max(time.monotonic() - began, 1e-9)
                 print(
-                    f"clip {p.clip}/{p.clips}: {p.frame}/{p.frames} frames, {rate:.1f} frames/s, {(p.frames - p.frame) / rate:.0f} s left",
+                    f"clip {p.clip}/{p.clips}: {p.frame}/{p.frames} frames, {rate:.1f} frames/s, "
+                    f"{(p.frames - p.frame) / rate:.0f} s left",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -273,7 +286,8 @@ def _proceed(bundle: Bundle, output: Path, quiet: bool) -> int:
             bar.close()
         if job.state_path(output).exists():
             print(
-                f"lvjax: stopped after a finished clip; `lvjax generate --resume --out {output}` goes on",
+                f"lvjax: stopped after a finished clip; `lvjax generate --resume --out {output}` "
+                "goes on",
                 file=sys.stderr,
             )
             return stop.code

@@ -39,12 +39,14 @@ def run(args) -> int:
     )
     d = bundle.defaults
     print(
-        f"          {d.size[1]}x{d.size[0]} at {d.fps} frames/s, {d.steps} steps of {d.solver}, guidance {d.guidance}, T-RFlow {list(d.window)}"
+        f"          {d.size[1]}x{d.size[0]} at {d.fps} frames/s, {d.steps} steps of {d.solver}, "
+        f"guidance {d.guidance}, T-RFlow {list(d.window)}"
     )
     if bundle.name == "pocket":
         print(f"language  up to {MAX_WORDS} of {len(WORDS)} words: {' '.join(WORDS)}")
         print(
-            f"          camera: {', '.join(CAMERAS)} · colours: {', '.join(COLOURS)} · shapes: {', '.join(SHAPES)} · scenes: {', '.join(SCENES)}"
+            f"          camera: {', '.join(CAMERAS)} · colours: {', '.join(COLOURS)} · shapes: "
+            f"{', '.join(SHAPES)} · scenes: {', '.join(SCENES)}"
         )
         print('          example: "the camera pans left over a landscape, a red circle moves up"')
     return 0

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `lvjax` command: subcommands, and how errors end.
 
-Exit codes: 0 done, 2 bad input, 3 bad checkpoint, 4 does not fit in memory, 5 stopped on NaN, 6 disk, 7 in use by another
+Exit codes: 0 done, 2 bad input, 3 bad checkpoint, 4 does not fit in memory, 5 stopped on NaN, 6
+  disk, 7 in use by another
 run, 130/143 interrupted with the state saved.  One line on stderr; tracebacks only with --debug.
 """
 
@@ -71,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.debug:
             raise
         print(
-            f"lvjax: unexpected {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}; rerun with --debug and report it",
+            f"lvjax: unexpected {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}; "
+            "rerun with --debug and report it",
             file=sys.stderr,
         )
         return 1

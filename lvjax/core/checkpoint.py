@@ -19,10 +19,23 @@ from safetensors.numpy import save as st_save
 from lvjax.core.errors import CheckpointError, StorageError
 
 DTYPES = {
-    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "U32": np.uint32, "I32": np.int32,
-    "U64": np.uint64, "I64": np.int64, "F16": np.float16, "F32": np.float32, "F64": np.float64, "C64": np.complex64,
-    "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
-}  # fmt: skip
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "U16": np.uint16,
+    "I16": np.int16,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "U64": np.uint64,
+    "I64": np.int64,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F64": np.float64,
+    "C64": np.complex64,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
 
 
 def write_atomic(path, data: bytes) -> None:
@@ -55,7 +68,9 @@ def checksum(a: np.ndarray) -> int:
 
 
 def save_arrays(path, arrays: dict[str, np.ndarray], meta: dict | None = None) -> None:
-    """Save a flat dict of arrays and JSON-able `meta` into one file, atomically, with a checksum per array and of the meta."""
+    """Save a flat dict of arrays and JSON-able `meta` into one file, atomically, with a checksum
+    per array and of the meta.
+    """
     arrays = {k: np.asarray(v, order="C") for k, v in arrays.items()}
     text = json.dumps(meta or {}, sort_keys=True)
     crc = {k: checksum(v) for k, v in arrays.items()}
@@ -100,12 +115,14 @@ def load_arrays(path) -> tuple[dict[str, np.ndarray], dict]:
         )
     if set(crc) != set(arrays):
         raise CheckpointError(
-            f"{path}: the list of arrays does not match its header; restore the file from its source"
+            f"{path}: the list of arrays does not match its header; restore the file from its "
+            "source"
         )
     for name, a in arrays.items():
         if checksum(a) != crc[name]:
             raise CheckpointError(
-                f"{path}: array {name!r} does not match its checksum; restore the file from its source"
+                f"{path}: array {name!r} does not match its checksum; restore the file from its "
+                "source"
             )
     return arrays, json.loads(meta_text)
 
@@ -122,13 +139,15 @@ def tree_arrays(tree) -> dict[str, np.ndarray]:
 def restore_tree(like, arrays: dict[str, np.ndarray], source: str = "the file"):
     """The arrays in the structure of `like` (arrays or ShapeDtypeStructs), on the host.
 
-    Raises: CheckpointError naming the first array that is missing, of another shape or dtype, or left over.
+    Raises: CheckpointError naming the first array that is missing, of another shape or dtype, or
+    left over.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     if left := sorted(set(arrays) - set(names)):
         raise CheckpointError(
-            f"{source}: array {left[0]!r} belongs to another model or version ({len(left)} such arrays)"
+            f"{source}: array {left[0]!r} belongs to another model or version ({len(left)} such "
+            "arrays)"
         )
     for name, (_, leaf) in zip(names, leaves, strict=True):
         if name not in arrays:
@@ -138,6 +157,7 @@ def restore_tree(like, arrays: dict[str, np.ndarray], source: str = "the file"):
         a = arrays[name]
         if a.shape != leaf.shape or a.dtype != leaf.dtype:
             raise CheckpointError(
-                f"{source}: array {name!r} is {a.dtype}{list(a.shape)}, expected {leaf.dtype}{list(leaf.shape)}"
+                f"{source}: array {name!r} is {a.dtype}{list(a.shape)}, expected "
+                f"{leaf.dtype}{list(leaf.shape)}"
             )
     return jax.tree_util.tree_unflatten(structure, [arrays[n] for n in names])

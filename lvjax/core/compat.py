@@ -8,7 +8,9 @@ import jax
 
 
 def cache_dir() -> Path:
-    """Where compiled programs are kept between runs ($LVJAX_CACHE_DIR, else the user's cache folder)."""
+    """Where compiled programs are kept between runs ($LVJAX_CACHE_DIR, else the user's cache
+    folder).
+    """
     base = os.environ.get("LVJAX_CACHE_DIR") or os.path.join(
         os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "lvjax"
     )
@@ -16,7 +18,9 @@ def cache_dir() -> Path:
 
 
 def enable_compilation_cache() -> None:
-    """Turn on jax's persistent compilation cache, unless the user has configured one or has no writable place."""
+    """Turn on jax's persistent compilation cache, unless the user has configured one or has no
+    writable place.
+    """
     if jax.config.jax_compilation_cache_dir or os.environ.get("LVJAX_NO_CACHE"):
         return
     path = cache_dir() / "xla"

@@ -30,7 +30,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, seq: int = 1, devices=None):
     need = data * fsdp * seq
     if need > len(devices):
         raise InputError(
-            f"mesh {data}x{fsdp}x{seq} needs {need} devices, {len(devices)} present; lower data, fsdp or seq"
+            f"mesh {data}x{fsdp}x{seq} needs {need} devices, {len(devices)} present; lower data, "
+            "fsdp or seq"
         )
     return jax.make_mesh(
         (data, fsdp, seq), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:need]
@@ -52,7 +53,8 @@ def shardings(spec: Spec, mesh, rules=None):
         for size, axis in zip(p.shape, partition(p.axes, rules), strict=True):
             if axis is not None and size % mesh.shape[axis]:
                 raise InputError(
-                    f"parameter {path}: size {size} does not divide over {mesh.shape[axis]} devices of mesh axis {axis!r}"
+                    f"parameter {path}: size {size} does not divide over {mesh.shape[axis]} "
+                    f"devices of mesh axis {axis!r}"
                 )
     return map_spec(lambda p: NamedSharding(mesh, partition(p.axes, rules)), spec)
 

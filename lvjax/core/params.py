@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters are declared once, as a nested dict of `Param`; everything else reads that declaration.
+"""Parameters are declared once, as a nested dict of `Param`; everything else reads that
+declaration.
 
-Initialisation, abstract shapes, shardings, the converter's check list and the memory plan all come from the
+Initialisation, abstract shapes, shardings, the converter's check list and the memory plan all come
+from the
 same spec, so a parameter's shape stands in one place.
 """
 
@@ -22,7 +24,8 @@ Spec = dict[str, Any]
 class Param:
     """One parameter: shape, logical axis names (one per dimension), initialiser and dtype.
 
-    init: "zeros", "ones", "xavier" (uniform over the last two axes), "fan_in" (normal, variance 1 / product of
+    init: "zeros", "ones", "xavier" (uniform over the last two axes), "fan_in" (normal, variance 1 /
+      product of
     all axes but the last) or a float, the standard deviation of a normal.
     """
 
@@ -72,7 +75,9 @@ def _draw(p: Param, key):
 
 
 def init(spec: Spec, key) -> dict:
-    """Draw a parameter tree; each leaf's key is folded from its path, so adding a leaf changes no other."""
+    """Draw a parameter tree; each leaf's key is folded from its path, so adding a leaf changes no
+    other.
+    """
     return unflatten(
         {
             path: _draw(p, jax.random.fold_in(key, zlib.crc32(path.encode())))

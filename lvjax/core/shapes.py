@@ -5,7 +5,8 @@ from lvjax.core.errors import InputError
 
 
 def expect(x, axes: str, name: str = "array", **sizes: int) -> dict[str, int]:
-    """Check the rank of `x` against `axes` ("B T H W C") and the sizes that are named; return all sizes by letter.
+    """Check the rank of `x` against `axes` ("B T H W C") and the sizes that are named; return all
+    sizes by letter.
 
     Raises: InputError with the shape given, the axes expected and the offending axis.
     """

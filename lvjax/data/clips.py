@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clips of the pocket world as arrays on disk: rendered once, read by memory map, in an order that is a function of the step."""
+"""Clips of the pocket world as arrays on disk: rendered once, read by memory map, in an order that
+is a function of the step.
+"""
 
 from pathlib import Path
 
@@ -13,16 +15,20 @@ CLIP_FRAMES = CLIP_STRIDE + GIVEN
 
 
 def prompt_ids(video: Video, clip: int) -> np.ndarray:
-    """Token ids [MAX_WORDS] of a clip's own prompt: the one at its first new frame.  One prompt in four leaves the scene unnamed."""
+    """Token ids [MAX_WORDS] of a clip's own prompt: the one at its first new frame.  One prompt in
+    four leaves the scene unnamed.
+    """
     action = video.action(clip * CLIP_STRIDE + (GIVEN if clip else 0))
     named = (clip * 7 + int(video.canvas[0, 0, 0] * 997)) % 4 != 0
     return encode(action.prompt(scene=named))[0]
 
 
 def render(index: int, clips: int, **kwargs) -> tuple[np.ndarray, np.ndarray]:
-    """The first `clips` clips of video `index`: frames uint8 [K, P, H, W, 3] and prompt ids int32 [K, MAX_WORDS].
+    """The first `clips` clips of video `index`: frames uint8 [K, P, H, W, 3] and prompt ids int32
+    [K, MAX_WORDS].
 
-    Clip i holds frames CLIP_STRIDE·i to CLIP_STRIDE·i + 16; its first GIVEN frames are the last of the clip before.
+    Clip i holds frames CLIP_STRIDE·i to CLIP_STRIDE·i + 16; its first GIVEN frames are the last of
+    the clip before.
     """
     video = Video(index, **kwargs)
     frames = video.frames(0, CLIP_STRIDE * clips + GIVEN)
@@ -31,7 +37,9 @@ def render(index: int, clips: int, **kwargs) -> tuple[np.ndarray, np.ndarray]:
 
 
 class ClipStore:
-    """`videos` rendered videos of `clips` clips each, in a folder; rendering continues where it stopped."""
+    """`videos` rendered videos of `clips` clips each, in a folder; rendering continues where it
+    stopped.
+    """
 
     def __init__(self, folder, videos: int, clips: int = 6, split: str = "train", seed: int = 0):
         self.folder, self.videos, self.clips, self.kwargs = (
@@ -47,7 +55,8 @@ class ClipStore:
             self.ids = _open(self.folder / "ids.npy", (videos, clips, MAX_WORDS), np.int32)
         except OSError as e:
             raise StorageError(
-                f"cannot hold rendered clips in {self.folder}: {e.strerror or e}; choose another work folder"
+                f"cannot hold rendered clips in {self.folder}: {e.strerror or e}; choose another "
+                "work folder"
             ) from e
 
     @property

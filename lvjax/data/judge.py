@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classical judges of pocket-world videos: what the camera did, which colour the object has, where it went.
+"""Classical judges of pocket-world videos: what the camera did, which colour the object has, where
+it went.
 
-No network is involved and no judge sees the prompt.  They are validated on ground-truth clips before any figure of a
+No network is involved and no judge sees the prompt.  They are validated on ground-truth clips
+before any figure of a
 model is believed (`lvjax.lab.obedience`).
 """
 
@@ -20,9 +22,11 @@ def _palette() -> np.ndarray:
 
 
 def object_masks(frames: np.ndarray) -> np.ndarray:
-    """Pixels near the ray of each palette colour: bool [P, H, W, colours] from uint8 frames [P, H, W, 3].
+    """Pixels near the ray of each palette colour: bool [P, H, W, colours] from uint8 frames [P, H,
+    W, 3].
 
-    A pixel belongs to the nearest ray c if its projection on it is .55–1.2 of |c| and its distance below .18 of |c|.
+    A pixel belongs to the nearest ray c if its projection on it is .55–1.2 of |c| and its distance
+    below .18 of |c|.
     """
     x = frames.astype(np.float32) / 255
     palette = _palette()
@@ -35,13 +39,15 @@ def object_masks(frames: np.ndarray) -> np.ndarray:
 
 
 def colour_of(frames: np.ndarray, least: float = 20.0) -> str | None:
-    """The palette colour with the largest area over the clip, None below `least` pixels per frame."""
+    """The palette colour with the largest area over the clip; None below `least` pixels a frame."""
     area = object_masks(frames).sum((0, 1, 2)) / len(frames)
     return list(COLOURS)[int(area.argmax())] if area.max() >= least else None
 
 
 def object_direction(frames: np.ndarray, least_speed: float = 0.4) -> str | None:
-    """ "left", "right", "up", "down" or "stay" from a line through the object's centroids; None without an object."""
+    """ "left", "right", "up", "down" or "stay" from a line through the object's centroids; None
+    without an object.
+    """
     colour = colour_of(frames)
     if colour is None:
         return None
@@ -69,7 +75,9 @@ def object_direction(frames: np.ndarray, least_speed: float = 0.4) -> str | None
 
 
 def _warp(image: np.ndarray, dx: float, dy: float, zoom: float) -> np.ndarray:
-    """Bilinear view of float `image` [H, W, C] shifted by (dx, dy) and scaled about its centre, clamped at the border."""
+    """Bilinear view of float `image` [H, W, C] shifted by (dx, dy) and scaled about its centre,
+    clamped at the border.
+    """
     h, w = image.shape[:2]
     cols = (np.arange(w) + 0.5 - w / 2) / zoom + w / 2 - 0.5 + dx
     rows = (np.arange(h) + 0.5 - h / 2) / zoom + h / 2 - 0.5 + dy
@@ -82,7 +90,9 @@ def _warp(image: np.ndarray, dx: float, dy: float, zoom: float) -> np.ndarray:
 
 
 def camera_hypotheses(gap: int = GAP) -> list[tuple[str, float, float, float]]:
-    """(label, dx, dy, zoom) over `gap` frames; a pan left shows at (x, y) what was at (x - shift, y)."""
+    """(label, dx, dy, zoom) over `gap` frames; a pan left shows at (x, y) what was at (x - shift,
+    y).
+    """
     out = [("still", 0.0, 0.0, 1.0)]
     out += [
         (f"pan {d}", gap * s * v[0], gap * s * v[1], 1.0)
@@ -96,7 +106,9 @@ def camera_hypotheses(gap: int = GAP) -> list[tuple[str, float, float, float]]:
 
 
 def camera_of(frames: np.ndarray, gap: int = GAP) -> str:
-    """The camera motion whose warp explains the clip best: mean of min(|residual|, .25) over the common interior, objects left out."""
+    """The camera motion whose warp explains the clip best: mean of min(|residual|, .25) over the
+    common interior, objects left out.
+    """
     x = frames.astype(np.float32) / 255
     busy = object_masks(frames).any(-1)
     inside = np.zeros(x.shape[1:3], bool)

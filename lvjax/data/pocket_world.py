@@ -18,7 +18,9 @@ from lvjax.data.world import FPS, SIZE, SPLITS, Video
 
 
 def examples(split: str, videos: int, frames: int, seed: int = 0) -> Iterator[tuple[int, dict]]:
-    """(index, example) of `videos` videos of `frames` frames, with the prompt and the exact ground truth of every frame."""
+    """(index, example) of `videos` videos of `frames` frames, with the prompt and the exact ground
+    truth of every frame.
+    """
     for index in range(videos):
         video = Video(index, split=split, seed=seed)
         poses = [video.pose(f) for f in range(frames)]

@@ -46,12 +46,14 @@ VOCABULARY = {
 }  # id 0 is padding, and alone the null prompt
 MAX_WORDS = 16
 ALIASES = {
-    "pan": "pans", "panning": "pans", "slides": "pans", "zoom": "zooms", "zooming": "zooms", "move": "moves",
-    "moving": "moves", "goes": "moves", "flies": "moves", "stay": "stays", "rests": "stays", "upwards": "up",
-    "downwards": "down", "leftwards": "left", "rightwards": "right", "ball": "circle", "disc": "circle",
-    "box": "square", "violet": "purple", "static": "still", "mountains": "landscape", "meadow": "landscape",
-    "forest": "plants", "flowers": "plants", "leaves": "plants", "indoors": "room", "house": "building",
-    "portrait": "person", "cat": "animal", "dog": "animal", "bird": "animal", "sky": "clouds", "post": "pillar",
+    "pan": "pans", "panning": "pans", "slides": "pans", "zoom": "zooms", "zooming": "zooms",
+    "move": "moves", "moving": "moves", "goes": "moves", "flies": "moves", "stay": "stays",
+    "rests": "stays", "upwards": "up", "downwards": "down", "leftwards": "left",
+    "rightwards": "right", "ball": "circle", "disc": "circle", "box": "square",
+    "violet": "purple", "static": "still", "mountains": "landscape", "meadow": "landscape",
+    "forest": "plants", "flowers": "plants", "leaves": "plants", "indoors": "room",
+    "house": "building", "portrait": "person", "cat": "animal", "dog": "animal", "bird": "animal",
+    "sky": "clouds", "post": "pillar",
 }  # fmt: skip
 FILLERS = frozenset(
     "a an the is are of at on and then with to it its from across this that by while".split()
@@ -60,7 +62,9 @@ FILLERS = frozenset(
 
 @dataclass(frozen=True)
 class Action:
-    """What one segment shows.  camera: one of CAMERAS; colour, shape, motion: the object, or None; motion "stay" or a direction."""
+    """What one segment shows.  camera: one of CAMERAS; colour, shape, motion: the object, or None;
+    motion "stay" or a direction.
+    """
 
     camera: str
     scene: str
@@ -84,7 +88,9 @@ class Action:
 
 
 def encode(prompt: str) -> tuple[np.ndarray, list[tuple[str, str | None]]]:
-    """Token ids [MAX_WORDS] int32 (0 = padding) and the words that are not in the vocabulary, each with the nearest that is."""
+    """Token ids [MAX_WORDS] int32 (0 = padding) and the words that are not in the vocabulary, each
+    with the nearest that is.
+    """
     ids, unknown = [], []
     for word in re.findall(r"[^\W_]+", prompt.lower()):
         word = ALIASES.get(word, word)

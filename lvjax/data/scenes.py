@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backgrounds of the pocket world: photographs shipped with the package and procedural textures, as periodic canvases.
+"""Backgrounds of the pocket world: photographs shipped with the package and procedural textures, as
+periodic canvases.
 
 The held-out split uses photographs and texture seeds that training never sees.
 """
@@ -11,9 +12,10 @@ import numpy as np
 
 CANVAS = 512  # canvases are CANVAS x CANVAS and tile without a seam
 PHOTOS = {
-    "hillside": "landscape", "sunset": "landscape", "bridge": "landscape", "sea": "landscape", "stream": "plants",
-    "dragonfly": "plants", "dahlia": "plants", "fig": "room", "brushes": "room", "wine": "room", "clock": "room",
-    "dogs": "animal", "nuthatch": "animal", "astronaut": "person", "rocket": "building",
+    "hillside": "landscape", "sunset": "landscape", "bridge": "landscape", "sea": "landscape",
+    "stream": "plants", "dragonfly": "plants", "dahlia": "plants", "fig": "room",
+    "brushes": "room", "wine": "room", "clock": "room", "dogs": "animal", "nuthatch": "animal",
+    "astronaut": "person", "rocket": "building",
 }  # fmt: skip
 HELD_OUT_PHOTOS = {
     "mountains": "landscape",
@@ -23,7 +25,8 @@ HELD_OUT_PHOTOS = {
     "cat": "animal",
 }
 TEXTURES = ("clouds", "marble", "cells", "waves")
-SOFTNESS = 1.3  # blur of photographs in pixels: a 64-pixel view is a close-up, as out of a camera, not a thumbnail
+# blur of photographs in pixels: a 64-pixel view is a close-up, as out of a camera, not a thumbnail
+SOFTNESS = 1.3
 SATURATION = 0.5  # backgrounds are muted, so that an object's colour is unambiguous
 
 
@@ -37,7 +40,9 @@ def photo(name: str) -> np.ndarray:
 
 
 def mute(image: np.ndarray, saturation: float = SATURATION) -> np.ndarray:
-    """Scale the colour of float RGB [..., 3] in [0, 1] towards its own grey, and its range into [.1, .9]."""
+    """Scale the colour of float RGB [..., 3] in [0, 1] towards its own grey, and its range into
+    [.1, .9].
+    """
     grey = image @ np.array([0.299, 0.587, 0.114], image.dtype)
     return (0.1 + 0.8 * (grey[..., None] + saturation * (image - grey[..., None]))).astype(
         np.float32
@@ -45,7 +50,9 @@ def mute(image: np.ndarray, saturation: float = SATURATION) -> np.ndarray:
 
 
 def photo_canvas(name: str, rng: np.random.Generator) -> np.ndarray:
-    """A photograph at a random scale, mirrored into a seamless canvas, float32 [CANVAS, CANVAS, 3] in [0, 1]."""
+    """A photograph at a random scale, mirrored into a seamless canvas, float32 [CANVAS, CANVAS, 3]
+    in [0, 1].
+    """
     from PIL import Image, ImageFilter
 
     image = Image.fromarray(photo(name))
@@ -77,7 +84,9 @@ def _mirror(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _noise(rng: np.random.Generator, low: float, high: float, slope: float) -> np.ndarray:
-    """Periodic Gaussian noise [CANVAS, CANVAS], band-limited to [low, high] cycles per canvas, zero mean, unit variance."""
+    """Periodic Gaussian noise [CANVAS, CANVAS], band-limited to [low, high] cycles per canvas, zero
+    mean, unit variance.
+    """
     f = np.hypot(
         *np.meshgrid(
             np.fft.fftfreq(CANVAS) * CANVAS, np.fft.rfftfreq(CANVAS) * CANVAS, indexing="ij"
@@ -91,7 +100,9 @@ def _noise(rng: np.random.Generator, low: float, high: float, slope: float) -> n
 
 
 def texture_canvas(kind: str, rng: np.random.Generator) -> np.ndarray:
-    """A procedural texture coloured by a random three-colour ramp, float32 [CANVAS, CANVAS, 3] in [0, 1]."""
+    """A procedural texture coloured by a random three-colour ramp, float32 [CANVAS, CANVAS, 3] in
+    [0, 1].
+    """
     if kind == "clouds":
         field = _noise(rng, 2, 40, 1.6)
     elif kind == "marble":
@@ -112,7 +123,9 @@ def texture_canvas(kind: str, rng: np.random.Generator) -> np.ndarray:
 def draw_scene(
     rng: np.random.Generator, held_out: bool, kind: str | None = None
 ) -> tuple[str, np.ndarray]:
-    """A scene word and its canvas; `kind` "photo" or "texture", by default either with equal chance."""
+    """A scene word and its canvas; `kind` "photo" or "texture", by default either with equal
+    chance.
+    """
     if kind == "photo" or (kind is None and rng.random() < 0.5):
         names = HELD_OUT_PHOTOS if held_out else PHOTOS
         name = list(names)[rng.integers(len(names))]

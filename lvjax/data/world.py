@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pocket world: endless single-shot videos with exact ground truth, a deterministic function of (split, seed, index).
+"""The pocket world: endless single-shot videos with exact ground truth, a deterministic function of
+(split, seed, index).
 
-A camera moves over one scene while at most one object moves on the screen; every 3 or 4.5 seconds a new prompt
-(`prompts.Action`) says what happens next.  Objects leave the screen and come back.  Owns motion and rendering; scenes
-are in `scenes.py`, language in `prompts.py`.  Speeds are whole VAE cells: 2 pixels per frame are 8 per latent frame.
+A camera moves over one scene while at most one object moves on the screen; every 3 or 4.5 seconds a
+new prompt
+(`prompts.Action`) says what happens next.  Objects leave the screen and come back.  Owns motion and
+rendering; scenes
+are in `scenes.py`, language in `prompts.py`.  Speeds are whole VAE cells: 2 pixels per frame are 8
+per latent frame.
 """
 
 import itertools
@@ -43,7 +47,9 @@ def combinations(held_out: bool) -> list[tuple[str, str, str]]:
 
 @dataclass(frozen=True)
 class Pose:
-    """Camera and object at one frame: canvas position of the view's centre, screen pixels per canvas pixel, object centre on the screen."""
+    """Camera and object at one frame: canvas position of the view's centre, screen pixels per
+    canvas pixel, object centre on the screen.
+    """
 
     x: float
     y: float
@@ -59,7 +65,9 @@ class Pose:
 
 @dataclass(frozen=True)
 class Segment:
-    """Frames start..stop-1 follow `action`; `pose` is the pose at frame start-1 (at frame 0 for the first)."""
+    """Frames start..stop-1 follow `action`; `pose` is the pose at frame start-1 (at frame 0 for the
+    first).
+    """
 
     start: int
     stop: int
@@ -70,8 +78,10 @@ class Segment:
 class Video:
     """One endless video.
 
-    split: "train" or "held_out".  kind: "photo", "texture" or None (either).  first: an Action whose camera, colour, shape
-    and motion replace the drawn ones in the first segment.  enters: whether the first object starts out of sight.
+    split: "train" or "held_out".  kind: "photo", "texture" or None (either).  first: an Action
+      whose camera, colour, shape
+    and motion replace the drawn ones in the first segment.  enters: whether the first object starts
+    out of sight.
     Raises: InputError for an unknown split.
     """
 
@@ -113,7 +123,9 @@ class Video:
         return Segment(0, length + GIVEN, action, pose)
 
     def _textured_place(self, rng) -> tuple[float, float]:
-        """A view centre around which the scene has visible structure, so that camera motion can be seen."""
+        """A view centre around which the scene has visible structure, so that camera motion can be
+        seen.
+        """
         grey = self.canvas.mean(-1)
         slope = (
             np.abs(np.diff(grey, axis=0, append=grey[:1])),
@@ -131,7 +143,9 @@ class Video:
 
     @staticmethod
     def _camera(rng, scale: float, length: int) -> str:
-        """A camera move that keeps the scale in range for `length` frames; zooms are half as frequent as pans."""
+        """A camera move that keeps the scale in range for `length` frames; zooms are half as
+        frequent as pans.
+        """
         weights = np.array([1.5, 1, 1, 1, 1, 0.6, 0.6])
         weights[5] *= scale * ZOOM**length <= SCALE_RANGE[1]
         weights[6] *= scale / ZOOM**length >= SCALE_RANGE[0]
@@ -225,7 +239,9 @@ def _torus(v: float) -> float:
 
 
 def _place_object(pose: Pose, motion: str, rng, enters: bool) -> Pose:
-    """Put the object out of sight, about to enter by its motion near the middle, or somewhere in view."""
+    """Put the object out of sight, about to enter by its motion near the middle, or somewhere in
+    view.
+    """
     if not enters or motion == "stay":
         ox, oy = rng.uniform(14, SIZE - 14, 2)
         return replace(pose, object_x=ox, object_y=oy)
@@ -244,13 +260,11 @@ def _view(canvas: np.ndarray, pose: Pose) -> np.ndarray:
         (cols - c0).astype(np.float32)[None, :, None],
         (rows - r0).astype(np.float32)[:, None, None],
     )
-    line = lambda r: (
-        canvas[r % CANVAS][:, c0 % CANVAS] * (1 - fc)
-        + canvas[r % CANVAS][:, (c0 + 1) % CANVAS] * fc
-    )
+    top, bottom = canvas[r0 % CANVAS], canvas[(r0 + 1) % CANVAS]
     if pose.scale == 1.0 and not fc.any() and not fr.any():
-        return canvas[r0 % CANVAS][:, c0 % CANVAS]
-    return line(r0) * (1 - fr) + line(r0 + 1) * fr
+        return top[:, c0 % CANVAS]
+    rows = top * (1 - fr) + bottom * fr
+    return rows[:, c0 % CANVAS] * (1 - fc) + rows[:, (c0 + 1) % CANVAS] * fc
 
 
 def _object(

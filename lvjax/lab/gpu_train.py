@@ -26,6 +26,7 @@ from pathlib import Path
 
 import jax
 
+from lvjax.core.compat import enable_compilation_cache
 from lvjax.core.errors import CheckpointError, InputError, LvjaxError
 from lvjax.data.clips import CLIP_FRAMES, ClipStore, render
 from lvjax.data.prompts import VOCABULARY
@@ -40,6 +41,7 @@ from lvjax.train.loop import TrainOptions
 
 GPU_BATCH = 8
 RESERVE = 15.0  # seconds kept for writing the piece
+FEW = 100  # videos that one process renders sooner than several have started
 LATENTS = "latents.json"  # statistics of the latents, which a bundle needs
 
 _QUICK = TrainOptions(2, 1e-3, 1, 0.5, log_every=1)
@@ -90,7 +92,7 @@ def models(recipe: Recipe) -> dict:
 def fill(store: ClipStore, workers: int) -> None:
     """Render what is missing, by several processes when it is much."""
     missing = range(store.ready, store.videos)
-    if workers < 2 or len(missing) < 100:
+    if workers < 2 or len(missing) < FEW:
         store.fill()
         return
     job = (str(store.folder), store.videos, store.clips, store.kwargs)
@@ -187,6 +189,7 @@ def _main(args, end: float) -> int:
         raise InputError(f"--minutes is {args.minutes}; give a positive number, for example 9")
     if importlib.util.find_spec("PIL") is None:
         raise InputError("photographs need Pillow, which is not installed; pip install pillow")
+    enable_compilation_cache()
     recipe = TINY if args.tiny else Recipe()
     if jax.default_backend() != "cpu":
         recipe = scaled(recipe, GPU_BATCH)

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does the pocket model do what the prompt says?  200 held-out prompts, judged by `data.judge`, beside its controls.
+"""Does the pocket model do what the prompt says?  200 held-out prompts, judged by `data.judge`,
+beside its controls.
 
-Each case is a held-out scene (a photograph or texture never trained on) whose first frame is given, with a prompt; an
-object, when there is one, is out of sight in that frame and its colour, shape and motion were never trained together.
-100 cases move the camera (pans and zooms, an object in half of them), 100 hold it still and move an object.
+Each case is a held-out scene (a photograph or texture never trained on) whose first frame is given,
+with a prompt; an
+object, when there is one, is out of sight in that frame and its colour, shape and motion were never
+trained together.
+100 cases move the camera (pans and zooms, an object in half of them), 100 hold it still and move an
+object.
 
-Run: python -m lvjax.lab.obedience [--model pocket] [--cases 200] [--seed 0] [--out figures.json] [--sheet sheet.png]
+Run: python -m lvjax.lab.obedience [--model pocket] [--cases 200] [--seed 0] [--out figures.json]
+  [--sheet sheet.png]
 """
 
 import argparse
@@ -31,7 +36,9 @@ FIRST_VIDEO = 100_000  # indices of the held-out split that no other check uses
 
 
 class Case(NamedTuple):
-    """action: what the prompt says.  truth: uint8 [17, 64, 64, 3], what the world shows.  moves: "camera" or "object", what the direction is judged on."""
+    """action: what the prompt says.  truth: uint8 [17, 64, 64, 3], what the world shows.  moves:
+    "camera" or "object", what the direction is judged on.
+    """
 
     action: Action
     truth: np.ndarray
@@ -66,7 +73,9 @@ def held_out_cases(count: int = 200) -> list[Case]:
 
 
 def judge(cases: list[Case], clips: np.ndarray) -> dict[str, float]:
-    """Shares of right answers over uint8 clips [n, 17, H, W, 3]; the given first frame is not judged except as the origin of motion."""
+    """Shares of right answers over uint8 clips [n, 17, H, W, 3]; the given first frame is not
+    judged except as the origin of motion.
+    """
     right: dict[str, list[bool]] = {"direction": [], "camera": [], "object": [], "colour": []}
     for case, clip in zip(cases, clips, strict=True):
         if case.moves == "camera":
@@ -83,7 +92,9 @@ def judge(cases: list[Case], clips: np.ndarray) -> dict[str, float]:
 def generate_clips(
     bundle: Bundle, prompts: list[str], starts: np.ndarray, seed: int, **knobs
 ) -> np.ndarray:
-    """One clip per prompt from its own given frames uint8 [n, P, H, W, 3]; uint8 [n, 17, H, W, 3], the given frames included."""
+    """One clip per prompt from its own given frames uint8 [n, P, H, W, 3]; uint8 [n, 17, H, W, 3],
+    the given frames included.
+    """
     out = []
     for at in range(0, len(prompts), BATCH):
         rows = list(range(at, min(at + BATCH, len(prompts))))
@@ -119,13 +130,17 @@ def round_trip(bundle: Bundle, clips: np.ndarray) -> np.ndarray:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """dB between uint8 arrays [n, ...]: mean over the n of -10 log10 of the mean squared error, peak 255."""
+    """dB between uint8 arrays [n, ...]: mean over the n of -10 log10 of the mean squared error,
+    peak 255.
+    """
     error = ((a.astype(np.float32) - b.astype(np.float32)) / 255) ** 2
     return float(np.mean(-10 * np.log10(np.maximum(error.reshape(len(a), -1).mean(1), 1e-10))))
 
 
 def continuation(bundle: Bundle, count: int, seed: int) -> dict[str, float]:
-    """Held-out pans: 5 frames given, the next second (8 frames) against the truth, beside repeating the last given frame."""
+    """Held-out pans: 5 frames given, the next second (8 frames) against the truth, beside repeating
+    the last given frame.
+    """
     pans = [f"pan {d}" for d in DIRECTIONS]
     videos = [
         Video(
@@ -190,9 +205,10 @@ def evaluate(
 
 def contact_sheet(pairs: np.ndarray, rows: int = 12) -> np.ndarray:
     """uint8 picture: per case two strips, truth above model, every other frame."""
-    strip = lambda clip: np.concatenate(list(clip[::2]), axis=1)
     step = max(1, len(pairs) // rows)
-    return np.concatenate([strip(clip) for pair in pairs[::step][:rows] for clip in pair])
+    return np.concatenate(
+        [np.concatenate(list(clip[::2]), axis=1) for pair in pairs[::step][:rows] for clip in pair]
+    )
 
 
 def main() -> None:

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training the pocket model from nothing: autoencoder, latents, video-extension DiT, and the package's weights.
+"""Training the pocket model from nothing: autoencoder, latents, video-extension DiT, and the
+package's weights.
 
-One folder holds the whole run: rendered clips, one subfolder per stage with its snapshot and metrics, and the bundle.
-Every stage resumes from its newest snapshot, so the same call goes on where it stopped; a stage that is done is skipped.
-`make train-pocket` is `lvjax train --config configs/pocket.py`; `make gpu-train` is `python -m lvjax.lab.pocket`, the same
+One folder holds the whole run: rendered clips, one subfolder per stage with its snapshot and
+  metrics, and the bundle.
+Every stage resumes from its newest snapshot, so the same call goes on where it stopped; a stage
+that is done is skipped.
+`make train-pocket` is `lvjax train --config configs/pocket.py`; `make gpu-train` is `python -m
+lvjax.lab.pocket`, the same
 in pieces whose state travels in a few small files (gpu_train.py).
 """
 
@@ -13,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -36,7 +41,8 @@ from lvjax.train.loop import TrainOptions, fit, init_state, load_snapshot, make_
 
 @dataclass(frozen=True)
 class Stage:
-    """name: its folder.  batch: clips per step.  frames: pixel frames (autoencoder) or latent frames (DiT) per clip.
+    """name: its folder.  batch: clips per step.  frames: pixel frames (autoencoder) or latent
+    frames (DiT) per clip.
 
     parts: top-level parameters that move, None for all.  memory: earlier clips seen (DiT).
     """
@@ -53,7 +59,17 @@ class Stage:
 class Recipe:
     """Everything that `train` needs; the defaults made the weights in the package."""
 
-    dit: DiTConfig = DiTConfig(256, 2, 4, 512, condition_channels=20, patch=(1, 1, 1), text_dim=128, text_len=16, dtype="float32")
+    dit: DiTConfig = DiTConfig(
+        256,
+        2,
+        4,
+        512,
+        condition_channels=20,
+        patch=(1, 1, 1),
+        text_dim=128,
+        text_len=16,
+        dtype="float32",
+    )
     vae: VAEConfig = VAEConfig(32, 16, (1, 2, 2), 1, (True, True), 2, (0.0,) * 16, (1.0,) * 16)
     text: PocketTextConfig = PocketTextConfig(len(VOCABULARY) + 1)
     task: ExtensionTask = ExtensionTask()
@@ -66,7 +82,13 @@ class Recipe:
         Stage("vae_clip17", 2, CLIP_FRAMES, TrainOptions(1500, 1.2e-3, 80, 0.2, ema=0.998)),
     )
     decoder: tuple[Stage, ...] = (
-        Stage("vae_decoder", 2, CLIP_FRAMES, TrainOptions(3000, 1e-3, 80, 0.2, ema=0.998), ("decoder", "post_quant")),
+        Stage(
+            "vae_decoder",
+            2,
+            CLIP_FRAMES,
+            TrainOptions(3000, 1e-3, 80, 0.2, ema=0.998),
+            ("decoder", "post_quant"),
+        ),
     )
     extension: tuple[Stage, ...] = (
         Stage("dit_short", 8, 3, TrainOptions(1000, 1.2e-3, 150, 1.0, weight_decay=0.01)),
@@ -80,7 +102,8 @@ class Recipe:
 class Run:
     """Where a run lives and how much of it to do now.
 
-    seconds: at most this long from here on, all stages together, None for no limit.  devices: for the batch.
+    seconds: at most this long from here on, all stages together, None for no limit.  devices: for
+      the batch.
     """
 
     folder: Path
@@ -97,7 +120,8 @@ class Run:
 
 
 def train(recipe: Recipe, run: Run) -> Bundle | None:
-    """Do or continue the whole recipe; returns the bundle (also saved in folder/"bundle"), None when the time was up first.
+    """Do or continue the whole recipe; returns the bundle (also saved in folder/"bundle"), None
+    when the time was up first.
 
     Raises: NonFiniteError, StorageError, CheckpointError as their stages do.
     """
@@ -123,11 +147,20 @@ def assemble(recipe: Recipe, folder) -> Bundle:
     """
     folder = Path(folder)
     vae = newest(folder, recipe.autoencoder + recipe.decoder, vae_spec(recipe.vae))
-    dit = newest(folder, recipe.extension, {"dit": dit_spec(recipe.dit), "text": text_spec(recipe.text)})
+    dit = newest(
+        folder, recipe.extension, {"dit": dit_spec(recipe.dit), "text": text_spec(recipe.text)}
+    )
     stats = json.loads((folder / "latents.json").read_text())
     cfg = dataclasses.replace(recipe.vae, mean=tuple(stats["mean"]), std=tuple(stats["std"]))
-    remembers = any(stage.memory and (folder / stage.name / "snapshot.safetensors").exists() for stage in recipe.extension)
-    defaults = dataclasses.replace(recipe.defaults, layers=memory_layers(recipe.dit), capacity=recipe.defaults.capacity if remembers else 1)
+    remembers = any(
+        stage.memory and (folder / stage.name / "snapshot.safetensors").exists()
+        for stage in recipe.extension
+    )
+    defaults = dataclasses.replace(
+        recipe.defaults,
+        layers=memory_layers(recipe.dit),
+        capacity=recipe.defaults.capacity if remembers else 1,
+    )
     return Bundle("pocket", recipe.dit, cfg, recipe.text, defaults, {"vae": vae, **dit})
 
 
@@ -137,7 +170,11 @@ def newest(folder: Path, stages: tuple[Stage, ...], spec):
     if not paths:
         raise CheckpointError(f"no snapshot of {[s.name for s in stages]} in {folder}; train first")
     arrays, _ = load_arrays(paths[-1])
-    return restore_tree(abstract(spec), {k[4:]: v for k, v in arrays.items() if k.startswith("ema/")}, str(paths[-1]))
+    return restore_tree(
+        abstract(spec),
+        {k[4:]: v for k, v in arrays.items() if k.startswith("ema/")},
+        str(paths[-1]),
+    )
 
 
 def memory_layers(cfg: DiTConfig) -> tuple[int, int]:
@@ -146,16 +183,27 @@ def memory_layers(cfg: DiTConfig) -> tuple[int, int]:
 
 
 def _stages(stages, params, make_loss, make_batches, run: Run):
-    """Run stages in order, each from the EMA of the one before; the final EMA, or None when the time was up."""
+    """Run stages in order, each from the EMA of the one before; the final EMA, or None when the
+    time was up.
+    """
     for stage in stages:
         folder, o = Path(run.folder) / stage.name, stage.options
         optimizer = make_optimizer(o)
         state = init_state(params, optimizer)
         trainable = None if stage.parts is None else lambda name, parts=stage.parts: name in parts
         step = make_step(make_loss(stage), optimizer, o, trainable)
-        report = lambda line, name=stage.name: run.report(name, line)
+        report = partial(run.report, stage.name)
         if not (folder / "done").exists():
-            state = fit(step, state, make_batches(stage), o, folder, seconds=run.left(), devices=run.devices, report=report)
+            state = fit(
+                step,
+                state,
+                make_batches(stage),
+                o,
+                folder,
+                seconds=run.left(),
+                devices=run.devices,
+                report=report,
+            )
             if int(state.step) < o.steps:
                 return None
             (folder / "done").touch()
@@ -166,13 +214,21 @@ def _stages(stages, params, make_loss, make_batches, run: Run):
 def train_autoencoder(recipe: Recipe, run: Run, store: ClipStore):
     """Images, then short clips, then whole clips; returns the parameters or None."""
     params = inflate(init(vae_spec(recipe.vae), jax.random.key(recipe.seed)))
-    loss = lambda stage: autoencoder_loss(recipe.vae, latent_noise=0.1 if stage.frames > 1 else 0.0)
+
+    def loss(stage: Stage):
+        return autoencoder_loss(recipe.vae, latent_noise=0.1 if stage.frames > 1 else 0.0)
+
     return _stages(recipe.autoencoder, params, loss, lambda stage: video_batches(stage, store), run)
 
 
 def train_decoder(recipe: Recipe, cfg: VAEConfig, run: Run, store: ClipStore, params):
-    """The decoder alone, on latents as noisy as a generator's; encoder and latents stay as they are."""
-    loss = lambda stage: autoencoder_loss(cfg, latent_noise=0.3)
+    """The decoder alone, on latents as noisy as a generator's; encoder and latents stay as they
+    are.
+    """
+
+    def loss(stage: Stage):
+        return autoencoder_loss(cfg, latent_noise=0.3)
+
     return _stages(recipe.decoder, params, loss, lambda stage: video_batches(stage, store), run)
 
 
@@ -181,51 +237,100 @@ def video_batches(stage: Stage, store: ClipStore):
 
     def batch(n: int):
         rng = np.random.default_rng([stage.options.seed, stage.frames, n])
-        videos, clips = rng.integers(0, store.videos, stage.batch), rng.integers(0, store.clips, stage.batch)
+        videos, clips = (
+            rng.integers(0, store.videos, stage.batch),
+            rng.integers(0, store.clips, stage.batch),
+        )
         starts = rng.integers(0, CLIP_FRAMES - stage.frames + 1, stage.batch)
-        return np.stack([store.frames[v, c, s : s + stage.frames] for v, c, s in zip(videos, clips, starts, strict=True)])
+        return np.stack(
+            [
+                store.frames[v, c, s : s + stage.frames]
+                for v, c, s in zip(videos, clips, starts, strict=True)
+            ]
+        )
 
     return batch
 
 
-def encode_store(recipe: Recipe, run: Run, store: ClipStore, params) -> tuple[np.ndarray, VAEConfig]:
-    """Latents float16 [videos, clips, T, h, w, z] of every rendered clip, normalised, and the config with their statistics."""
+def encode_store(
+    recipe: Recipe, run: Run, store: ClipStore, params
+) -> tuple[np.ndarray, VAEConfig]:
+    """Latents float16 [videos, clips, T, h, w, z] of every rendered clip, normalised, and the
+    config with their statistics.
+    """
     path, head = Path(run.folder) / "latents.npy", Path(run.folder) / "latents.json"
     if not head.exists():
-        moments = jax.jit(lambda x: encode_moments(params, x.astype(jnp.float32) / 127.5 - 1, recipe.vae)[0])
-        sample = np.concatenate([np.asarray(moments(store.frames[v])) for v in range(0, store.videos, max(1, store.videos // 200))])
+        moments = jax.jit(
+            lambda x: encode_moments(params, x.astype(jnp.float32) / 127.5 - 1, recipe.vae)[0]
+        )
+        sample = np.concatenate(
+            [
+                np.asarray(moments(store.frames[v]))
+                for v in range(0, store.videos, max(1, store.videos // 200))
+            ]
+        )
         mean, std = sample.mean((0, 1, 2, 3)), sample.std((0, 1, 2, 3))
-        out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(store.videos, store.clips, *sample.shape[1:]))
+        out = np.lib.format.open_memmap(
+            path, mode="w+", dtype=np.float16, shape=(store.videos, store.clips, *sample.shape[1:])
+        )
         for v in range(store.videos):
             out[v] = (np.asarray(moments(store.frames[v])) - mean) / std
         out.flush()
-        head.write_text(json.dumps({"mean": [round(float(x), 4) for x in mean], "std": [round(float(x), 4) for x in std]}))
+        head.write_text(
+            json.dumps(
+                {
+                    "mean": [round(float(x), 4) for x in mean],
+                    "std": [round(float(x), 4) for x in std],
+                }
+            )
+        )
     stats = json.loads(head.read_text())
-    return np.load(path, mmap_mode="r"), dataclasses.replace(recipe.vae, mean=tuple(stats["mean"]), std=tuple(stats["std"]))
+    return np.load(path, mmap_mode="r"), dataclasses.replace(
+        recipe.vae, mean=tuple(stats["mean"]), std=tuple(stats["std"])
+    )
 
 
 def train_extension(recipe: Recipe, run: Run, store: ClipStore, latents: np.ndarray):
-    """The video-extension model: alone first, then with the memory of earlier clips; {"dit", "text"} or None."""
-    params = init({"dit": dit_spec(recipe.dit), "text": text_spec(recipe.text)}, jax.random.key(recipe.seed + 1))
+    """The video-extension model: alone first, then with the memory of earlier clips; {"dit",
+    "text"} or None.
+    """
+    params = init(
+        {"dit": dit_spec(recipe.dit), "text": text_spec(recipe.text)},
+        jax.random.key(recipe.seed + 1),
+    )
 
     def loss(stage: Stage):
         layers = memory_layers(recipe.dit) if stage.memory else None
-        return extension_loss(recipe.dit, recipe.text, dataclasses.replace(recipe.task, memory_layers=layers))
+        return extension_loss(
+            recipe.dit, recipe.text, dataclasses.replace(recipe.task, memory_layers=layers)
+        )
 
-    return _stages(recipe.extension, params, loss, lambda stage: latent_batches(stage, latents, store.ids, recipe.task.stride), run)
+    return _stages(
+        recipe.extension,
+        params,
+        loss,
+        lambda stage: latent_batches(stage, latents, store.ids, recipe.task.stride),
+        run,
+    )
 
 
 def latent_batches(stage: Stage, latents: np.ndarray, ids: np.ndarray, stride: int):
     """step -> {"latents", "ids"} and, with memory, clips before them; a function of the step.
 
-    The gap to each earlier clip is its true one or, in half the batches, longer by up to 500 latent frames, as a rollout of minutes has it.
+    The gap to each earlier clip is its true one or, in half the batches, longer by up to 500 latent
+    frames, as a rollout of minutes has it.
     """
     if stage.memory and latents.shape[1] <= stage.memory:
-        raise InputError(f"{latents.shape[1]} clips per video are too few for {stage.memory} earlier ones")
+        raise InputError(
+            f"{latents.shape[1]} clips per video are too few for {stage.memory} earlier ones"
+        )
 
     def batch(n: int):
         rng = np.random.default_rng([stage.options.seed, stage.memory, n])
-        v, c = rng.integers(0, len(latents), stage.batch), rng.integers(stage.memory, latents.shape[1], stage.batch)
+        v, c = (
+            rng.integers(0, len(latents), stage.batch),
+            rng.integers(stage.memory, latents.shape[1], stage.batch),
+        )
         out = {"latents": latents[v, c][:, : stage.frames], "ids": ids[v, c]}
         if stage.memory:
             gap = int(rng.integers(1, 1 + (latents.shape[1] - 1) // stage.memory))
@@ -233,7 +338,12 @@ def latent_batches(stage: Stage, latents: np.ndarray, ids: np.ndarray, stride: i
             c = rng.integers(back[0], latents.shape[1], stage.batch)
             far = int(np.exp(rng.uniform(0, np.log(500)))) if rng.random() < 0.5 else 0
             past = c[:, None] - back[None, :]
-            out = {"latents": latents[v, c], "ids": ids[v, c], "history": latents[v[:, None], past], "history_ids": ids[v[:, None], past]}
+            out = {
+                "latents": latents[v, c],
+                "ids": ids[v, c],
+                "history": latents[v[:, None], past],
+                "history_ids": ids[v[:, None], past],
+            }
             out["history_gap"] = np.tile((back * stride + far).astype(np.int32), (stage.batch, 1))
         return out
 

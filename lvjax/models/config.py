@@ -20,7 +20,8 @@ WAN_VAE_STD = (
 class DiTConfig:
     """Wan's diffusion transformer.  Defaults are those every released Wan shares.
 
-    condition_channels: channels beside the noise (mask and condition latents), through their own projection; 0 for text-to-video.
+    condition_channels: channels beside the noise (mask and condition latents), through their own
+      projection; 0 for text-to-video.
     image_dim: width of CLIP image tokens (1280 for Wan 2.1 I2V), None without the image branch.
     image_pos_len: rows of the learned position table of FLF2V's image tokens (514), 0 otherwise.
     dtype: activations; parameters keep their stored dtype.
@@ -52,9 +53,12 @@ class DiTConfig:
 class VAEConfig:
     """Wan's causal video autoencoder (2.1 topology).
 
-    base: channels of the first stage; dim_mult: channels of each stage over base; a stage but the last halves the picture.
-    temporal_down: for each halving, whether it also halves time.  patch: pixels folded into channels before the first layer.
-    res_blocks: residual blocks per encoder stage (the decoder has one more).  mean, std: per-channel latent statistics.
+    base: channels of the first stage; dim_mult: channels of each stage over base; a stage but the
+      last halves the picture.
+    temporal_down: for each halving, whether it also halves time.  patch: pixels folded into
+      channels before the first layer.
+    res_blocks: residual blocks per encoder stage (the decoder has one more).  mean, std:
+      per-channel latent statistics.
     """
 
     base: int = 96

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pocket model's text encoder: word and position embeddings and one transformer block over at most 16 words.
+"""The pocket model's text encoder: word and position embeddings and one transformer block over at
+most 16 words.
 
-It stands where UMT5 stands in Wan: rows of padding leave it as exact zeros, and the DiT attends to them.
+It stands where UMT5 stands in Wan: rows of padding leave it as exact zeros, and the DiT attends to
+  them.
 """
 
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ from lvjax.nn.norm import layer_norm
 
 @dataclass(frozen=True)
 class PocketTextConfig:
-    """vocabulary counts the padding id 0; length is the largest number of words; dim the width of the output."""
+    """vocabulary counts the padding id 0; length is the largest number of words; dim the width of
+    the output.
+    """
 
     vocabulary: int
     length: int = 16
@@ -47,7 +51,9 @@ def text_spec(cfg: PocketTextConfig) -> Spec:
 
 
 def encode_text(params, ids, cfg: PocketTextConfig):
-    """ids int32 [B, M] (0 = padding) -> text float32 [B, M, dim]; padding rows are zero, a prompt without words is all zeros."""
+    """ids int32 [B, M] (0 = padding) -> text float32 [B, M, dim]; padding rows are zero, a prompt
+    without words is all zeros.
+    """
     expect(ids, "B M", "ids", M=cfg.length)
     real = ids > 0
     x = params["word"][ids] + params["position"][None]

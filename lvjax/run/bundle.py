@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bundle: everything that a model is, in one frozen value, loaded from the package or from a folder.
+"""A bundle: everything that a model is, in one frozen value, loaded from the package or from a
+folder.
 
-A folder holds `model.json` (sizes, defaults, vocabulary name) and one safetensors file each for "dit", "vae" and "text".
+A folder holds `model.json` (sizes, defaults, vocabulary name) and one safetensors file each for
+"dit", "vae" and "text".
 """
 
 import dataclasses
@@ -31,8 +33,10 @@ PARTS = ("dit", "vae", "text")
 class Defaults:
     """What `generate` uses when nothing else is said.
 
-    size: (height, width) in pixels.  clip_latents: latent frames per clip.  overlap: latent frames shared by neighbours.
-    steps, shift, solver, guidance, window: the sampler.  upscale: whole-number enlargement of what is shown.
+    size: (height, width) in pixels.  clip_latents: latent frames per clip.  overlap: latent frames
+      shared by neighbours.
+    steps, shift, solver, guidance, window: the sampler.  upscale: whole-number enlargement of what
+      is shown.
     positions, fill, capacity: see `methods.error_free`.
     """
 
@@ -54,7 +58,7 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A loaded model.  params: {"dit", "vae", "text"} trees.  hashes: sha256 of each weight file."""
+    """A loaded model.  params: {"dit", "vae", "text"} trees.  hashes: sha256 per file."""
 
     name: str
     dit: DiTConfig
@@ -74,7 +78,8 @@ def _config(cls, values: dict, path):
     names = {f.name for f in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - names):
         raise CheckpointError(
-            f"{path}: {cls.__name__} has no field {unknown[0]!r}; the model needs another version of lvjax"
+            f"{path}: {cls.__name__} has no field {unknown[0]!r}; the model needs another "
+            "version of lvjax"
         )
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
@@ -109,7 +114,7 @@ def load(name: str | Path = "pocket") -> Bundle:
 
 
 def _match(arrays: dict[str, np.ndarray], wanted: dict, path) -> dict:
-    """Raises: CheckpointError listing what is missing, left over, of another shape, or not finite."""
+    """Raises: CheckpointError listing what is missing, left over, misshapen or not finite."""
     wrong = [f"{k} is missing" for k in sorted(set(wanted) - set(arrays))]
     wrong += [f"{k} is not of this model" for k in sorted(set(arrays) - set(wanted))]
     shared = [k for k in wanted if k in arrays]
@@ -123,7 +128,8 @@ def _match(arrays: dict[str, np.ndarray], wanted: dict, path) -> dict:
     ]
     if wrong:
         raise CheckpointError(
-            f"{path}: {'; '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}"
+            f"{path}: "
+            f"{'; '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}"
         )
     return {k: jnp.asarray(arrays[k].astype(np.float32)) for k in wanted}
 

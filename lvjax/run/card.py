@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run card: everything needed to make the same video again, as JSON inside the file and beside it."""
+"""The run card: everything needed to make the same video again, as JSON inside the file and beside
+it.
+"""
 
 import hashlib
 import importlib.metadata
@@ -65,7 +67,7 @@ def check_card(card: Any, source) -> dict[str, Any]:
 
 
 def differences(card: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What is not as it was when the card was written; a replay is bit-equal only if this is empty."""
+    """What is not as it was when the card was written; a replay is bit-equal if nothing is."""
     out = [
         f"weights {k} differ"
         for k in card["weights"]

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run with files: videos that grow clip by clip, a state saved after each clip, a card, and a lock.
+"""A run with files: videos that grow clip by clip, a state saved after each clip, a card, and a
+lock.
 
-After clip i every video ends with it and the state says so; whatever a crash leaves behind that is cut off and made again,
+After clip i every video ends with it and the state says so; whatever a crash leaves behind that is
+cut off and made again,
 bit for bit.
 """
 

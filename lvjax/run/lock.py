@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run per output: an advisory lock on a file beside it, which the operating system drops when the process dies."""
+"""One run per output: an advisory lock on a file beside it, which the operating system drops when
+the process dies.
+"""
 
 import errno
 import fcntl
@@ -53,7 +55,9 @@ def hold(output):
 
 
 def _open(path: Path, output) -> int:
-    """The locked file; tried again when the run before removed it between our opening and locking it."""
+    """The locked file; tried again when the run before removed it between our opening and locking
+    it.
+    """
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

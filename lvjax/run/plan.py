@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run will need, by arithmetic and before anything is compiled: memory, disk, and whether they are there."""
+"""What a run will need, by arithmetic and before anything is compiled: memory, disk, and whether
+they are there.
+"""
 
 import os
 import shutil
@@ -13,13 +15,18 @@ from lvjax.core.params import num_bytes
 from lvjax.run.bundle import Bundle, specs
 from lvjax.run.session import clip_count
 
-RUNTIME = 520e6  # bytes of the process once jax is up and the pocket programs are compiled, measured on the CPU
-VIDEO_BITS = 1.2  # H.264 bits per source pixel at the writer's quality, measured on pocket videos (upscaled pixels cost next to nothing)
+# bytes of the process once jax is up and the pocket programs are compiled, measured on the CPU
+RUNTIME = 520e6
+# H.264 bits per source pixel at the writer's quality, measured on pocket videos (upscaled pixels
+# cost next to nothing)
+VIDEO_BITS = 1.2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by purpose, of memory; bytes of disk for the finished video and its saved state; clips and frames."""
+    """Bytes by purpose, of memory; bytes of disk for the finished video and its saved state; clips
+    and frames.
+    """
 
     memory: dict[str, int]
     disk: int
@@ -32,7 +39,10 @@ class Plan:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{k} {v / 1e6:.0f} MB" for k, v in self.memory.items())
-        return f"plan: {self.frames} frames in {self.clips} clips; memory {self.total / 1e9:.2f} GB ({parts}); disk {self.disk / 1e6:.0f} MB"
+        return (
+            f"plan: {self.frames} frames in {self.clips} clips; memory {self.total / 1e9:.2f} GB "
+            f"({parts}); disk {self.disk / 1e6:.0f} MB"
+        )
 
 
 def make_plan(
@@ -44,7 +54,9 @@ def make_plan(
     given: int = 0,
     guided: bool = True,
 ) -> Plan:
-    """The plan of a run of `batch` videos of size (height, width), `given` frames of which begin the first clip."""
+    """The plan of a run of `batch` videos of size (height, width), `given` frames of which begin
+    the first clip.
+    """
     d, dit, vae = bundle.defaults, bundle.dit, bundle.vae
     rows = batch * (2 if guided else 1)
     h, w = (n // vae.spatial_stride for n in size)
@@ -69,7 +81,9 @@ def make_plan(
 
 
 def available_memory() -> int:
-    """Bytes that a new process may use: on the CPU the free memory, within the control group's limit; else the device's."""
+    """Bytes that a new process may use: on the CPU the free memory, within the control group's
+    limit; else the device's.
+    """
     device = jax.devices()[0]
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
@@ -91,7 +105,8 @@ def check_plan(plan: Plan, bundle: Bundle, *, batch: int, size, frames: int, out
     have = available_memory()
     if plan.total > have:
         raise DoesNotFitError(
-            f"the run needs {plan.total / 1e9:.1f} GB of memory, {have / 1e9:.1f} GB are free; {_smaller(bundle, batch, size, frames, have)}"
+            f"the run needs {plan.total / 1e9:.1f} GB of memory, {have / 1e9:.1f} GB are free; "
+            f"{_smaller(bundle, batch, size, frames, have)}"
         )
     place = Path(output).resolve().parent
     try:
@@ -102,7 +117,8 @@ def check_plan(plan: Plan, bundle: Bundle, *, batch: int, size, frames: int, out
         ) from e
     if plan.disk > free:
         raise StorageError(
-            f"the run needs {plan.disk / 1e6:.0f} MB on {place}, {free / 1e6:.0f} MB are free; free space or choose another --out"
+            f"the run needs {plan.disk / 1e6:.0f} MB on {place}, {free / 1e6:.0f} MB are free; "
+            "free space or choose another --out"
         )
 
 

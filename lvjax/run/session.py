@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a request to clips: prompts over time, frame counts, the method, its first state, and the clips in order.
+"""From a request to clips: prompts over time, frame counts, the method, its first state, and the
+clips in order.
 
-This is what `lvjax.generate`, `lvjax.stream` and the command line share.  It computes; files are elsewhere.
+This is what `lvjax.generate`, `lvjax.stream` and the command line share.  It computes; files are
+elsewhere.
 """
 
 import dataclasses
@@ -35,10 +37,13 @@ MAX_FRAMES = 10_000_000
 class Request:
     """One run.  Fields left None take the bundle's defaults.
 
-    timelines: per row of the batch, ((seconds, prompt), ...) in order, the first at 0.  negative: one prompt for all rows.
-    start: None, an image float32 [H, W, 3] or the last frames of a video [P, H, W, 3], in [-1, 1], of the run's size; with
+    timelines: per row of the batch, ((seconds, prompt), ...) in order, the first at 0.  negative:
+      one prompt for all rows.
+    start: None, an image float32 [H, W, 3] or the last frames of a video [P, H, W, 3], in [-1, 1],
+      of the run's size; with
     [B, P, H, W, 3] each row has its own.
-    frames: pixel frames of the result, 1 + 4m.  seed: row b of clip i draws from fold_in(fold_in(key(seed), b), i).
+    frames: pixel frames of the result, 1 + 4m.  seed: row b of clip i draws from
+      fold_in(fold_in(key(seed), b), i).
     """
 
     timelines: tuple[tuple[tuple[float, str], ...], ...]
@@ -53,7 +58,9 @@ class Request:
 
 
 class ClipResult(NamedTuple):
-    """clip: its number.  latents float32 [B, T, h, w, z].  frames uint8 [B, n, H, W, 3], only those that are new.  state: after the clip."""
+    """clip: its number.  latents float32 [B, T, h, w, z].  frames uint8 [B, n, H, W, 3], only those
+    that are new.  state: after the clip.
+    """
 
     clip: int
     latents: jax.Array
@@ -63,7 +70,9 @@ class ClipResult(NamedTuple):
 
 @dataclass(frozen=True)
 class Session:
-    """A run ready to go.  clips: `Clip` inputs in order, made when asked for; first: pixel frames of clip 0 that are not shown."""
+    """A run ready to go.  clips: `Clip` inputs in order, made when asked for; first: pixel frames
+    of clip 0 that are not shown.
+    """
 
     method: Method
     state: Any
@@ -75,7 +84,8 @@ class Session:
     notices: tuple[str, ...] = ()
 
     def run(self, state=None, start: int = 0) -> Iterator[ClipResult]:
-        """Yield clips from number `start` on, continuing from `state`; states are donated to the next clip.
+        """Yield clips from number `start` on, continuing from `state`; states are donated to the
+        next clip.
 
         Raises: NonFiniteError naming the clip and the tensor.
         """
@@ -123,7 +133,8 @@ def _check_finite(latents, frames, clip: int) -> None:
         bad = ~np.isfinite(np.asarray(x)).reshape(len(x), -1).all(1)
         if bad.any():
             raise NonFiniteError(
-                f"{name} of clip {clip} are not finite (row {int(bad.argmax())}); the clips before it are kept; try another seed, fewer steps or less guidance"
+                f"{name} of clip {clip} are not finite (row {int(bad.argmax())}); the clips "
+                "before it are kept; try another seed, fewer steps or less guidance"
             )
 
 
@@ -142,13 +153,16 @@ def check_frames(frames: int) -> int:
     if frames < 1 or frames > MAX_FRAMES or (frames - 1) % 4:
         below = max(1, min(frames, MAX_FRAMES) - (min(frames, MAX_FRAMES) - 1) % 4)
         raise InputError(
-            f"frames is {frames}; it must be 1 + 4m, at most {MAX_FRAMES}: the nearest are {below} and {below + 4}"
+            f"frames is {frames}; it must be 1 + 4m, at most {MAX_FRAMES}: the nearest are "
+            f"{below} and {below + 4}"
         )
     return frames
 
 
 def clip_count(defaults, frames: int, given: int) -> int:
-    """Clips of a video of `frames` whose first clip is given `given` frames and shows the last of them."""
+    """Clips of a video of `frames` whose first clip is given `given` frames and shows the last of
+    them.
+    """
     whole = pixel_frames(defaults.clip_latents) - max(given - 1, 0)
     new = pixel_frames(defaults.clip_latents) - pixel_frames(defaults.overlap)
     return 1 + max(0, math.ceil((frames - whole) / new))
@@ -161,7 +175,8 @@ def check_size(size: tuple[int, int], bundle: Bundle) -> tuple[int, int]:
         if n < unit or n % unit:
             below = max(unit, n - n % unit)
             raise InputError(
-                f"{name} is {n}; it must be a multiple of {unit}: the nearest are {below} and {below + unit}"
+                f"{name} is {n}; it must be a multiple of {unit}: the nearest are {below} and "
+                f"{below + unit}"
             )
     return size
 
@@ -173,7 +188,9 @@ def spread(prompts: list[str], frames: int, fps: int) -> tuple[tuple[float, str]
 
 
 def check_timeline(timeline) -> None:
-    """Raises: InputError for an empty timeline or prompt, a first time other than 0, or times that do not increase."""
+    """Raises: InputError for an empty timeline or prompt, a first time other than 0, or times that
+    do not increase.
+    """
     if not timeline:
         raise InputError(
             "no prompt is given; give at least one, for example --prompt 'the camera pans left'"
@@ -205,12 +222,20 @@ def open_session(bundle: Bundle, request: Request) -> Session:
     guidance = d.guidance if request.guidance is None else request.guidance
     if not 1 <= steps <= 1000 or not (math.isfinite(guidance) and 0 <= guidance <= 100):
         raise InputError(
-            f"steps is {steps}, guidance {guidance}; allowed are 1 to 1000 steps and a guidance from 0 to 100"
+            f"steps is {steps}, guidance {guidance}; allowed are 1 to 1000 steps and a guidance "
+            "from 0 to 100"
         )
     settings = ErrorFree(
-        schedule=make_schedule(steps, d.shift, d.solver), solver=d.solver, guidance=None if guidance == 1 else guidance,
-        window=d.window, capacity=d.capacity, layers=d.layers, overlap=d.overlap, positions=d.positions, fill=d.fill,
-    )  # fmt: skip
+        schedule=make_schedule(steps, d.shift, d.solver),
+        solver=d.solver,
+        guidance=None if guidance == 1 else guidance,
+        window=d.window,
+        capacity=d.capacity,
+        layers=d.layers,
+        overlap=d.overlap,
+        positions=d.positions,
+        fill=d.fill,
+    )
     batch = len(request.timelines)
     stride = bundle.vae.spatial_stride
     size = (batch, d.clip_latents, height // stride, width // stride, bundle.vae.z)
@@ -247,7 +272,9 @@ def open_session(bundle: Bundle, request: Request) -> Session:
 
 
 def data_mesh(batch: int):
-    """A mesh over as many devices as divide the batch: the rows are spread over `data`, the rest is on every device."""
+    """A mesh over as many devices as divide the batch: the rows are spread over `data`, the rest is
+    on every device.
+    """
     return make_mesh(data=max(n for n in range(1, jax.device_count() + 1) if batch % n == 0))
 
 
@@ -256,14 +283,17 @@ def _encoder(bundle: Bundle):
 
 
 def _start(bundle, request, size, batch):
-    """Frames that the first clip is given (a count of the form 1 + 4m, or 0) and their array [B, P, H, W, 3]."""
+    """Frames that the first clip is given (a count of the form 1 + 4m, or 0) and their array [B, P,
+    H, W, 3].
+    """
     if request.start is None:
         return 0, None
     start = jnp.asarray(request.start, jnp.float32)
     start = start.reshape((1,) * (5 - start.ndim) + start.shape)
     if start.shape[2:4] != size:
         raise InputError(
-            f"the start picture is {start.shape[3]}x{start.shape[2]}, the video {size[1]}x{size[0]}; fit it first"
+            f"the start picture is {start.shape[3]}x{start.shape[2]}, the video "
+            f"{size[1]}x{size[0]}; fit it first"
         )
     given = min(start.shape[1], pixel_frames(bundle.defaults.overlap))
     given -= (given - 1) % 4
@@ -271,7 +301,9 @@ def _start(bundle, request, size, batch):
 
 
 def _clip_prompts(bundle, request, num_clips: int, whole: int, new: int):
-    """Per clip, the prompts of all rows at its first new frame; and one notice on words that the model does not know."""
+    """Per clip, the prompts of all rows at its first new frame; and one notice on words that the
+    model does not know.
+    """
     fps = bundle.defaults.fps
     starts = [0.0] + [(whole + i * new) / fps for i in range(num_clips - 1)]
     prompts = []
@@ -291,7 +323,9 @@ def _clip_prompts(bundle, request, num_clips: int, whole: int, new: int):
 
 
 class _Contexts:
-    """Text context per distinct set of prompts; only the last one made is kept, so memory does not grow."""
+    """Text context per distinct set of prompts; only the last one made is kept, so memory does not
+    grow.
+    """
 
     def __init__(self, bundle: Bundle, negative: str, guided: bool):
         text_cfg, dit_cfg = bundle.text, bundle.dit

@@ -12,7 +12,9 @@ from lvjax.core.checkpoint import load_arrays, restore_tree, save_arrays, tree_a
 
 
 def save_state(path, state, meta: dict[str, Any]) -> None:
-    """state: any pytree of arrays; meta: position, byte offset, digest, and what else resuming needs (JSON-able)."""
+    """state: any pytree of arrays; meta: position, byte offset, digest, and what else resuming
+    needs (JSON-able).
+    """
     save_arrays(path, tree_arrays(jax.device_get(state)), meta)
 
 
@@ -37,5 +39,5 @@ def state_path(output) -> Path:
 
 
 def chain(digest: str, latents) -> str:
-    """Running sha256 over every clip's latents: equal digests mean equal latents of the whole run."""
+    """Running sha256 over every clip's latents: equal digests mean equal latents throughout."""
     return hashlib.sha256(digest.encode() + np.ascontiguousarray(latents).tobytes()).hexdigest()

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flow-matching loss of a clip-by-clip video-extension model, with or without the memory of earlier clips.
+"""Flow-matching loss of a clip-by-clip video-extension model, with or without the memory of earlier
+clips.
 
-Source: "Towards Error-Free Long Video Generation", arXiv:2606.22370, stages 1 and 2 (multi-task conditioning; keys and
+Source: "Towards Error-Free Long Video Generation", arXiv:2606.22370, stages 1 and 2 (multi-task
+conditioning; keys and
 values of clean earlier clips under stop-gradient in the latter blocks).
 """
 
@@ -19,9 +21,11 @@ from lvjax.nn.rope import grid_table
 
 @dataclass(frozen=True)
 class ExtensionTask:
-    """given: probability of 0, 1, 2, ... given latent frames.  condition_noise: largest noise on the given latents.
+    """given: probability of 0, 1, 2, ... given latent frames.  condition_noise: largest noise on
+    the given latents.
 
-    drop_text: probability of the null prompt.  shift: of the uniform noise level, s·u / (1 + (s - 1)·u).
+    drop_text: probability of the null prompt.  shift: of the uniform noise level, s·u / (1 + (s -
+      1)·u).
     memory_layers: the DiT layers that see earlier clips.  stride: new latent frames per clip.
     """
 
@@ -34,9 +38,11 @@ class ExtensionTask:
 
 
 def condition_of(latents, given, noise=None):
-    """Mask (4 channels, 1 = given) and condition latents of clips whose first `given` int32 [B] latent frames are known.
+    """Mask (4 channels, 1 = given) and condition latents of clips whose first `given` int32 [B]
+    latent frames are known.
 
-    latents [B, T, H, W, C] -> [B, T, H, W, 4 + C]; unknown frames are zeros; noise, if any, is added to the known ones.
+    latents [B, T, H, W, C] -> [B, T, H, W, 4 + C]; unknown frames are zeros; noise, if any, is
+    added to the known ones.
     """
     known = jnp.arange(latents.shape[1], dtype=jnp.int32)[None, :] < given[:, None]
     known = known[:, :, None, None, None]
@@ -49,7 +55,8 @@ def condition_of(latents, given, noise=None):
 def remember(params, history, context, frames, cfg: DiTConfig, task: ExtensionTask):
     """Keys and values of clean earlier clips, written one clip at a time as a rollout would.
 
-    history [B, K, T, H, W, C] clean latents; context: one Context for all of them [B rows]; frames int32 [K, T].
+    history [B, K, T, H, W, C] clean latents; context: one Context for all of them [B rows]; frames
+    int32 [K, T].
     Returns a cache with K + 1 clip slots, the last one empty.
     """
     b, k, t, h, w, _ = history.shape
@@ -83,8 +90,10 @@ def _table(cfg: DiTConfig, grid):
 def extension_loss(cfg: DiTConfig, text_cfg: PocketTextConfig, task: ExtensionTask):
     """loss(params, batch, key) -> (mean squared velocity error over frames that are not given, {}).
 
-    params: {"dit", "text"}.  batch: latents [B, T, H, W, C], ids int32 [B, M]; for the memory also history [B, K, T, H, W, C],
-    history_ids [B, K, M] and history_gap int32 [1, K], how many latent frames before this clip each earlier one began.
+    params: {"dit", "text"}.  batch: latents [B, T, H, W, C], ids int32 [B, M]; for the memory also
+      history [B, K, T, H, W, C],
+    history_ids [B, K, M] and history_gap int32 [1, K], how many latent frames before this clip each
+    earlier one began.
     """
 
     def loss(params, batch, key):

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: optimiser, EMA, snapshots that resume exactly, metrics as JSON lines.
 
-A batch is a function of the step and every random draw is folded from the step, so a snapshot (parameters, EMA,
-optimiser state, step) is the whole state of a run, the data position included.  Losses are elsewhere in this package.
+A batch is a function of the step and every random draw is folded from the step, so a snapshot
+(parameters, EMA,
+optimiser state, step) is the whole state of a run, the data position included.  Losses are
+elsewhere in this package.
 """
 
 import json
@@ -25,7 +27,7 @@ from lvjax.core.mesh import make_mesh, shard_batch
 
 @struct.dataclass
 class TrainState:
-    """params, ema: parameter trees (float32).  opt: optax state.  step: int32 scalar, steps done."""
+    """params, ema: parameter trees (float32).  opt: optax state.  step: int32, steps done."""
 
     params: Any
     ema: Any
@@ -35,9 +37,11 @@ class TrainState:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """steps: of the whole run.  peak: learning rate after `warmup` steps, decaying linearly to zero from step `decay_from`·steps.
+    """steps: of the whole run.  peak: learning rate after `warmup` steps, decaying linearly to zero
+    from step `decay_from`·steps.
 
-    ema: decay of the average, lower at the beginning: min(ema, (1 + n) / (10 + n)).  save_every: seconds between snapshots.
+    ema: decay of the average, lower at the beginning: min(ema, (1 + n) / (10 + n)).  save_every:
+      seconds between snapshots.
     """
 
     steps: int
@@ -78,7 +82,8 @@ def init_state(params, optimizer) -> TrainState:
 def make_step(
     loss: Callable, optimizer, o: TrainOptions, trainable: Callable[[str], bool] | None = None
 ) -> Callable:
-    """`loss(params, batch, key) -> (scalar, metrics)`; returns step(state, batch) -> (state, metrics), jitted, state donated.
+    """`loss(params, batch, key) -> (scalar, metrics)`; returns step(state, batch) -> (state,
+    metrics), jitted, state donated.
 
     trainable: which top-level entries of the parameter tree move; the others keep their values.
     """
@@ -118,7 +123,9 @@ def load_snapshot(path, like: TrainState) -> TrainState:
 
 
 class Metrics:
-    """JSON lines in `path`; lines after `step` of an interrupted run are dropped, so the curve has no repeats."""
+    """JSON lines in `path`; lines after `step` of an interrupted run are dropped, so the curve has
+    no repeats.
+    """
 
     def __init__(self, path, step: int):
         self.path = Path(path)
@@ -153,7 +160,8 @@ def fit(
 ) -> TrainState:
     """Train to `o.steps` from the newest snapshot in `folder`, for at most `seconds` if given.
 
-    batches: step number -> pytree of arrays with the batch first.  report: called with each logged dict.
+    batches: step number -> pytree of arrays with the batch first.  report: called with each logged
+      dict.
     Raises: NonFiniteError when the loss is not finite; the last snapshot stays.
     """
     folder = Path(folder)
@@ -173,7 +181,8 @@ def fit(
             values = {k: float(v) for k, v in values.items()}
             if not all(map(jnp.isfinite, values.values())):
                 raise NonFiniteError(
-                    f"step {n}: loss is {values['loss']}; lower the learning rate and rerun: it resumes from {snapshot}"
+                    f"step {n}: loss is {values['loss']}; lower the learning rate and rerun: it "
+                    f"resumes from {snapshot}"
                 )
             now = time.monotonic()
             line = {"step": n, "seconds_per_step": (now - mark) / (n - first), **values}

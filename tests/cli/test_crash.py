@@ -97,7 +97,10 @@ def test_twenty_kills_twenty_equal_videos(model, tmp_path):
 
 def peak_memory(args: list[str]) -> float:
     """Peak resident bytes of a whole process."""
-    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
     return 1024 * float(
         subprocess.run(
             [sys.executable, "-c", code, *args], capture_output=True, text=True, check=True

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lvjax generate` and `replay` end to end on a tiny random model: files, exit codes, one-line errors, resume."""
+"""`lvjax generate` and `replay` end to end on a tiny random model: files, exit codes, one-line
+errors, resume.
+"""
 
 import json
 import os
@@ -149,7 +151,9 @@ def test_continue_a_video(model, tmp_path):
 def test_config_and_set_reach_everything(model, tmp_path):
     config = tmp_path / "c.py"
     config.write_text(
-        'from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({"prompt": ["the camera pans up"], "frames": 17, "defaults": {"shift": 5.0}})\n'
+        "from ml_collections import ConfigDict\ndef get_config():\n"
+        '    return ConfigDict({"prompt": ["the camera pans up"], "frames": 17,'
+        ' "defaults": {"shift": 5.0}})\n'
     )
     assert (
         generate(
@@ -250,7 +254,10 @@ def test_other_weights_and_a_damaged_state_are_refused(model, tmp_path, capsys):
 
 def test_a_second_run_on_the_same_output_is_told_of_the_first(model, tmp_path):
     out = tmp_path / "a.mp4"
-    holder = f"import time; from lvjax.run.lock import hold\nwith hold({str(out)!r}): print('held', flush=True); time.sleep(60)"
+    holder = (
+        "import time; from lvjax.run.lock import hold\n"
+        f"with hold({str(out)!r}): print('held', flush=True); time.sleep(60)"
+    )
     first = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout.readline().strip() == "held"

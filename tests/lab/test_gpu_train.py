@@ -12,6 +12,7 @@ import pytest
 from lvjax.core.checkpoint import load_arrays, save_arrays
 from lvjax.core.errors import InputError
 from lvjax.core.params import abstract, flatten
+from lvjax.data.clips import ClipStore
 from lvjax.lab import gpu_train, pieces, pocket
 from lvjax.run.bundle import load
 from lvjax.train import loop
@@ -165,3 +166,13 @@ def test_an_accelerator_gets_larger_batches():
     recipe = gpu_train.scaled(pocket.Recipe(), 8)
     assert [s.batch for s in recipe.autoencoder] == [128, 32, 16]
     assert recipe.extension[0].options == pocket.Recipe().extension[0].options
+
+
+def test_several_processes_render_the_same_clips(tmp_path, monkeypatch):
+    one, two = (ClipStore(tmp_path / n, videos=3, clips=1) for n in ("one", "two"))
+    gpu_train.fill(one, 1)
+    monkeypatch.setattr(gpu_train, "FEW", 2)
+    gpu_train.fill(two, 2)
+    assert two.ready == 3
+    np.testing.assert_array_equal(one.frames, two.frames)
+    np.testing.assert_array_equal(one.ids, two.ids)

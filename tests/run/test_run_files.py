@@ -106,7 +106,6 @@ def test_state_round_trip_is_exact(tmp_path):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-@pytest.mark.xfail(reason="core.checkpoint.load_arrays cannot read the bfloat16 that it wrote")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 def test_narrow_types_come_back(tmp_path, dtype):
     state = {"k": jnp.arange(6, dtype=jnp.float32).astype(dtype)}
@@ -151,7 +150,6 @@ def test_no_damage_goes_unseen(tmp_path):
             load_state(path, tree())
 
 
-@pytest.mark.xfail(reason="core.checkpoint.load_arrays lets a ValueError through")
 def test_a_damaged_checksum_of_the_meta(tmp_path):
     path = tmp_path / "a.state"
     save_state(path, tree(), META)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests are checked, frame counts are exact, batches equal their rows, and the Python face works."""
+"""Requests are checked, frame counts are exact, batches equal their rows, and the Python face
+works.
+"""
 
 import math
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training resumes bit for bit, logs each step once, and stops on NaN; the losses see what they should."""
+"""Training resumes bit for bit, logs each step once, and stops on NaN; the losses see what they
+should.
+"""
 
 import json
 
