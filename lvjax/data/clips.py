@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lvjax.core.errors import StorageError
+from lvjax.core.errors import InputError, StorageError
 from lvjax.data.prompts import MAX_WORDS, encode
 from lvjax.data.world import CLIP_STRIDE, GIVEN, SIZE, Video
 
@@ -73,10 +73,12 @@ class ClipStore:
 
 
 def _open(path: Path, shape, dtype) -> np.ndarray:
-    if path.exists():
-        found = np.load(path, mmap_mode="r+")
-        if found.shape == shape and found.dtype == dtype:
-            return found
-        path.unlink()
-        (path.parent / "ready").unlink(missing_ok=True)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if not path.exists():
+        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    found = np.load(path, mmap_mode="r+")
+    if found.shape != shape or found.dtype != dtype:
+        raise InputError(
+            f"{path} holds {found.dtype}{list(found.shape)}, this recipe needs "
+            f"{np.dtype(dtype)}{list(shape)}; choose another folder or remove it"
+        )
+    return found

@@ -98,15 +98,6 @@ def _rounded(arrays: dict[str, np.ndarray], level: Level) -> dict[str, np.ndarra
     return out
 
 
-def _as_bits(a: np.ndarray) -> np.ndarray:
-    """bfloat16 as uint16, which every reader of safetensors knows; other arrays as they are."""
-    return a.view(np.uint16) if a.dtype == jnp.bfloat16 else a
-
-
-def _from_bits(a: np.ndarray) -> np.ndarray:
-    return a.view(jnp.bfloat16) if a.dtype == np.uint16 else a
-
-
 def _bins(arrays: dict[str, np.ndarray]) -> list[list[str]] | None:
     """Names of the arrays of each file, or None when they do not fit."""
     room = [MAX_BYTES - HEADER] * MAX_FILES
@@ -149,7 +140,7 @@ def pack(out: Path, work: Path, groups: Iterable[Group], meta: dict) -> dict:
     names = [f"pocket-{steps:07d}-{i + 1}of{len(bins)}.safetensors" for i in range(len(bins))]
     for i, (name, members) in enumerate(zip(names, bins, strict=True)):
         head = description if i == 0 else {"format": FORMAT, "steps": steps}
-        save_arrays(out / name, {k: _as_bits(rounded[k]) for k in members}, head)
+        save_arrays(out / name, {k: rounded[k] for k in members}, head)
     for path in out.iterdir():
         if NAME.fullmatch(path.name) and path.name not in names:
             path.unlink()
@@ -179,7 +170,7 @@ def read(files: list[Path]) -> tuple[dict[str, np.ndarray], dict]:
         found, meta = load_arrays(path)
         if meta.get("format") != FORMAT:
             raise CheckpointError(f"{path} is not a piece of a pocket run ({FORMAT}); remove it")
-        arrays |= {k: _from_bits(v) for k, v in found.items()}
+        arrays |= found
         description = description or meta
     return arrays, description
 

@@ -24,16 +24,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lvjax.core.checkpoint import load_arrays, restore_tree
+from lvjax.core.checkpoint import load_arrays, restore_tree, write_atomic
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.core.params import abstract, init
 from lvjax.data.clips import CLIP_FRAMES, ClipStore
 from lvjax.data.prompts import VOCABULARY
+from lvjax.data.world import SIZE
 from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.dit import dit_spec
 from lvjax.models.pocket_text import PocketTextConfig, text_spec
-from lvjax.models.vae import encode_moments, vae_spec
-from lvjax.run.bundle import Bundle, Defaults, save
+from lvjax.models.vae import encode_moments, normalise, vae_spec
+from lvjax.run.bundle import Bundle, Defaults, load, save
 from lvjax.train.autoencoder import autoencoder_loss, inflate
 from lvjax.train.extension import ExtensionTask, extension_loss
 from lvjax.train.loop import TrainOptions, fit, init_state, load_snapshot, make_optimizer, make_step
@@ -57,7 +58,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that `train` needs; the defaults made the weights in the package."""
+    """Everything that `train` needs; the defaults made the weights in the package.
+
+    start: a bundle ("pocket" or a folder) to go on from: its autoencoder stays as it is but for the
+      decoder stage, and the extension stages begin with its DiT and text encoder.
+    """
 
     dit: DiTConfig = DiTConfig(
         256,
@@ -96,6 +101,7 @@ class Recipe:
         Stage("dit_memory", 8, 5, TrainOptions(2000, 5e-4, 50, 0.2, weight_decay=0.01), memory=1),
     )
     seed: int = 0
+    start: str | None = None
 
 
 @dataclass
@@ -127,11 +133,12 @@ def train(recipe: Recipe, run: Run) -> Bundle | None:
     """
     store = ClipStore(Path(run.folder) / "clips", recipe.videos, recipe.clips, seed=recipe.seed)
     store.fill()
-    vae = train_autoencoder(recipe, run, store)
+    begun = None if recipe.start is None else load(recipe.start)
+    vae = begun.params["vae"] if begun else train_autoencoder(recipe, run, store)
     if vae is None:
         return None
-    latents, cfg = encode_store(recipe, run, store, vae)
-    dit = train_extension(recipe, run, store, latents)
+    latents, cfg = encode_store(recipe, run, store, vae, begun and begun.vae)
+    dit = train_extension(recipe, run, store, latents, begun and begun.params)
     if dit is None or train_decoder(recipe, cfg, run, store, vae) is None:
         return None
     bundle = assemble(recipe, run.folder)
@@ -146,9 +153,15 @@ def assemble(recipe: Recipe, folder) -> Bundle:
     Raises: CheckpointError when a part has no snapshot yet.
     """
     folder = Path(folder)
-    vae = newest(folder, recipe.autoencoder + recipe.decoder, vae_spec(recipe.vae))
+    begun = load(recipe.start).params if recipe.start else {}
+    vae = newest(
+        folder, recipe.autoencoder + recipe.decoder, vae_spec(recipe.vae), begun.get("vae")
+    )
     dit = newest(
-        folder, recipe.extension, {"dit": dit_spec(recipe.dit), "text": text_spec(recipe.text)}
+        folder,
+        recipe.extension,
+        {"dit": dit_spec(recipe.dit), "text": text_spec(recipe.text)},
+        begun and {"dit": begun["dit"], "text": begun["text"]},
     )
     stats = json.loads((folder / "latents.json").read_text())
     cfg = dataclasses.replace(recipe.vae, mean=tuple(stats["mean"]), std=tuple(stats["std"]))
@@ -164,9 +177,11 @@ def assemble(recipe: Recipe, folder) -> Bundle:
     return Bundle("pocket", recipe.dit, cfg, recipe.text, defaults, {"vae": vae, **dit})
 
 
-def newest(folder: Path, stages: tuple[Stage, ...], spec):
-    """EMA parameters of the last of `stages` that has a snapshot."""
+def newest(folder: Path, stages: tuple[Stage, ...], spec, begun=None):
+    """EMA parameters of the last of `stages` that has a snapshot, else `begun`."""
     paths = [p for stage in stages if (p := folder / stage.name / "snapshot.safetensors").exists()]
+    if not paths and begun:
+        return begun
     if not paths:
         raise CheckpointError(f"no snapshot of {[s.name for s in stages]} in {folder}; train first")
     arrays, _ = load_arrays(paths[-1])
@@ -253,51 +268,61 @@ def video_batches(stage: Stage, store: ClipStore):
 
 
 def encode_store(
-    recipe: Recipe, run: Run, store: ClipStore, params
+    recipe: Recipe, run: Run, store: ClipStore, params, cfg: VAEConfig | None = None
 ) -> tuple[np.ndarray, VAEConfig]:
     """Latents float16 [videos, clips, T, h, w, z] of every rendered clip, normalised, and the
-    config with their statistics.
+    config with their statistics: those of `cfg`, else measured on 200 videos.  Goes on where it
+    stopped.
     """
-    path, head = Path(run.folder) / "latents.npy", Path(run.folder) / "latents.json"
+
+    @jax.jit
+    def means(video):
+        return encode_moments(params, video.astype(jnp.float32) / 127.5 - 1, recipe.vae)[0]
+
+    folder = Path(run.folder)
+    head, mark, path = (folder / f"latents.{end}" for end in ("json", "ready", "npy"))
     if not head.exists():
-        moments = jax.jit(
-            lambda x: encode_moments(params, x.astype(jnp.float32) / 127.5 - 1, recipe.vae)[0]
-        )
-        sample = np.concatenate(
-            [
-                np.asarray(moments(store.frames[v]))
-                for v in range(0, store.videos, max(1, store.videos // 200))
-            ]
-        )
-        mean, std = sample.mean((0, 1, 2, 3)), sample.std((0, 1, 2, 3))
-        out = np.lib.format.open_memmap(
-            path, mode="w+", dtype=np.float16, shape=(store.videos, store.clips, *sample.shape[1:])
-        )
-        for v in range(store.videos):
-            out[v] = (np.asarray(moments(store.frames[v])) - mean) / std
-        out.flush()
-        head.write_text(
-            json.dumps(
-                {
-                    "mean": [round(float(x), 4) for x in mean],
-                    "std": [round(float(x), 4) for x in std],
-                }
-            )
-        )
+        stats = {"mean": cfg.mean, "std": cfg.std} if cfg else _statistics(store, means)
+        write_atomic(head, json.dumps(stats).encode())
+        mark.unlink(missing_ok=True)
     stats = json.loads(head.read_text())
-    return np.load(path, mmap_mode="r"), dataclasses.replace(
-        recipe.vae, mean=tuple(stats["mean"]), std=tuple(stats["std"])
+    cfg = dataclasses.replace(recipe.vae, mean=tuple(stats["mean"]), std=tuple(stats["std"]))
+    ready = int(mark.read_text()) if mark.exists() else 0
+    out = _latents_file(path, (store.videos, store.clips), recipe, fresh=ready == 0)
+    for v in range(ready, store.videos):
+        out[v] = normalise(means(store.frames[v]), cfg)
+        if v % 50 == 49 or v == store.videos - 1:
+            out.flush()
+            mark.write_text(str(v + 1))
+    return out, cfg
+
+
+def _statistics(store: ClipStore, means) -> dict[str, list[float]]:
+    every = max(1, store.videos // 200)
+    sample = np.concatenate(
+        [np.asarray(means(store.frames[v])) for v in range(0, store.videos, every)]
     )
+    found = {"mean": sample.mean((0, 1, 2, 3)), "std": sample.std((0, 1, 2, 3))}
+    return {k: [round(float(x), 4) for x in v] for k, v in found.items()}
 
 
-def train_extension(recipe: Recipe, run: Run, store: ClipStore, latents: np.ndarray):
+def _latents_file(path: Path, lead: tuple[int, int], recipe: Recipe, fresh: bool) -> np.ndarray:
+    side = SIZE // recipe.vae.spatial_stride
+    shape = (*lead, 1 + (CLIP_FRAMES - 1) // recipe.vae.temporal_stride, side, side, recipe.vae.z)
+    if fresh:
+        return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+    return np.load(path, mmap_mode="r+")
+
+
+def train_extension(recipe: Recipe, run: Run, store: ClipStore, latents: np.ndarray, begun=None):
     """The video-extension model: alone first, then with the memory of earlier clips; {"dit",
-    "text"} or None.
+    "text"} or None.  begun: parameters to start from, None for new ones.
     """
-    params = init(
-        {"dit": dit_spec(recipe.dit), "text": text_spec(recipe.text)},
-        jax.random.key(recipe.seed + 1),
-    )
+    params = {"dit": dit_spec(recipe.dit), "text": text_spec(recipe.text)}
+    if begun:
+        params = {part: begun[part] for part in params}
+    else:
+        params = init(params, jax.random.key(recipe.seed + 1))
 
     def loss(stage: Stage):
         layers = memory_layers(recipe.dit) if stage.memory else None

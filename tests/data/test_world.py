@@ -106,6 +106,8 @@ def test_clips_overlap_by_the_given_frames_and_the_store_resumes(tmp_path):
     assert again.ready == 1
     again.fill()
     np.testing.assert_array_equal(again.frames[2], render(2, 2)[0])
+    with pytest.raises(InputError, match="another folder"):
+        ClipStore(tmp_path, 4, clips=2)
 
 
 def test_unknown_split():
