@@ -17,9 +17,10 @@ from lvjax.run.session import clip_count
 
 # bytes of the process once jax is up and the pocket programs are compiled, measured on the CPU
 RUNTIME = 520e6
-# H.264 bits per source pixel at the writer's quality, measured on pocket videos (upscaled pixels
-# cost next to nothing)
-VIDEO_BITS = 1.2
+# more bytes while a program is compiled for the first time, measured on the CPU
+COMPILING = 350e6
+# H.264 bits per source pixel at the writer's quality, measured on pocket videos at six-fold size
+VIDEO_BITS = 16.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Plan:
         parts = ", ".join(f"{k} {v / 1e6:.0f} MB" for k, v in self.memory.items())
         return (
             f"plan: {self.frames} frames in {self.clips} clips; memory {self.total / 1e9:.2f} GB "
-            f"({parts}); disk {self.disk / 1e6:.0f} MB"
+            f"({parts}; {COMPILING / 1e6:.0f} MB more while compiling for the first time); "
+            f"disk {self.disk / 1e6:.0f} MB"
         )
 
 
@@ -103,9 +105,9 @@ def available_memory() -> int:
 def check_plan(plan: Plan, bundle: Bundle, *, batch: int, size, frames: int, output) -> None:
     """Raises: DoesNotFitError with settings that fit; StorageError when the disk is too small."""
     have = available_memory()
-    if plan.total > have:
+    if plan.total + COMPILING > have:
         raise DoesNotFitError(
-            f"the run needs {plan.total / 1e9:.1f} GB of memory, {have / 1e9:.1f} GB are free; "
+            f"the run needs {(plan.total + COMPILING) / 1e9:.1f} GB of memory, {have / 1e9:.1f} GB are free; "
             f"{_smaller(bundle, batch, size, frames, have)}"
         )
     place = Path(output).resolve().parent
@@ -130,6 +132,6 @@ def _smaller(bundle: Bundle, batch: int, size, frames: int, have: int) -> str:
             batch //= 2
         else:
             size = tuple(max(unit, n // 2 // unit * unit) for n in size)
-        if make_plan(bundle, batch=batch, size=size, frames=frames).total <= have:
+        if make_plan(bundle, batch=batch, size=size, frames=frames).total + COMPILING <= have:
             return f"{batch} videos at once of --size {size[1]}x{size[0]} fit"
     return "no smaller setting fits: free memory"
