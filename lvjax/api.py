@@ -17,6 +17,7 @@ import numpy as np
 from lvjax.core.compat import enable_compilation_cache
 from lvjax.core.errors import InputError
 from lvjax.io.image import fit_image
+from lvjax.rollout.clipwise import pixel_frames
 from lvjax.run.bundle import Bundle, load
 from lvjax.run.job import enlarge
 from lvjax.run.session import ClipResult, Request, Session, frame_count, open_session, spread
@@ -80,11 +81,13 @@ def prepare(
         raise InputError("both num_frames and seconds are given; give one of them")
     if image is not None and video is not None:
         raise InputError("both image and video are given; give one of them")
-    size = (height or d.size[0], width or d.size[1])
+    size = tuple(own if n is None else n for n, own in zip((height, width), d.size, strict=True))
     frames = (
         frame_count(seconds, d.fps)
         if seconds is not None
-        else num_frames or 1 + 4 * (d.clip_latents - 1)
+        else pixel_frames(d.clip_latents)
+        if num_frames is None
+        else num_frames
     )
     start = None if image is None else fit_image(np.asarray(image), size)
     if video is not None:

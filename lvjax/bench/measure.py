@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+import lvjax
+
 WARM_UP = 3
 SAMPLE = 0.01
 """Seconds that a timed sample lasts at least; its calls are queued, which hides dispatch."""
@@ -67,8 +69,8 @@ def relative(a, b) -> float:
 def machine() -> dict:
     """Device, versions and, where the source tree has its history, the commit."""
     device = jax.devices()[0]
-    versions = {"python": platform.python_version()}
-    for name in ("lvjax", "jax", "jaxlib", "torch"):
+    versions = {"python": platform.python_version(), "lvjax": lvjax.__version__}
+    for name in ("jax", "jaxlib", "torch"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

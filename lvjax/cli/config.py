@@ -20,7 +20,9 @@ def find(name: str) -> Path:
 
     Raises: InputError listing the names that exist.
     """
-    if Path(name).is_file():
+    if Path(name).is_file() or Path(name).parent.name not in ("", "configs"):
+        if not Path(name).is_file():
+            raise InputError(f"no config file {name!r}")
         return Path(name)
     homes = (
         Path(str(resources.files("lvjax") / "configs")),

@@ -97,11 +97,7 @@ def run(args) -> int:
         if args.resume and (card := job.saved_card(output)) is not None:
             bundle = load(card["options"]["model"])
             _same_weights(card, bundle)
-        elif (
-            args.resume
-            and output.exists()
-            and not (args.prompt or args.timeline or args.prompt_file)
-        ):
+        elif args.resume and job.is_complete(output):
             print(f"{output} is already complete")
             return 0
         else:
@@ -129,12 +125,15 @@ def _start(args, output: Path) -> Bundle:
     for notice in notices:
         print(f"note: {notice}", file=sys.stderr)
     inputs = {k: cards.file_hash(options[k]) for k in ("image", "video") if options.get(k)}
+    if request.seed != request.seed % 2**32:
+        raise InputError(f"--seed is {request.seed}; give a number from 0 to {2**32 - 1}")
     card = cards.make_card(
         job.options_of(request, bundle, options.get("model") or "pocket"),
         weights=bundle.hashes,
         inputs=inputs,
     )
-    job.start(bundle, request, output, card)
+    for notice in job.start(bundle, request, output, card):
+        print(f"note: {notice}", file=sys.stderr)
     return bundle
 
 
@@ -265,12 +264,12 @@ def _text(path) -> str:
 
 def _proceed(bundle: Bundle, output: Path, quiet: bool) -> int:
     """Make the clips with a progress display; returns the exit code."""
-    began, bar, last = time.monotonic(), None, 0
+    began, bar, last = time.monotonic(), None, job.frames_done(output)
     live = sys.stderr.isatty() and not quiet
     with stoppable() as stop:
         for p in job.proceed(bundle, output, stop=lambda: stop.signal is not None):
             if live:
-                bar = bar or tqdm(total=p.frames, unit="frame", desc=output.name)
+                bar = bar or tqdm(total=p.frames, initial=last, unit="frame", desc=output.name)
                 bar.set_postfix_str(f"clip {p.clip}/{p.clips}", refresh=False)
                 bar.update(p.frame - bar.n)
             elif not quiet:

@@ -9,6 +9,7 @@ run, 130/143 interrupted with the state saved.  One line on stderr; tracebacks o
 import argparse
 import importlib
 import sys
+import traceback
 
 from lvjax.core.errors import DoesNotFitError, LvjaxError
 
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _end(error: Exception, code: int, debug: bool) -> int:
     if debug:
-        raise error
+        traceback.print_exception(error)
     print(f"lvjax: {error}", file=sys.stderr)
     return code
 

@@ -7,8 +7,8 @@ Does not own: what the arrays mean, or reading other people's checkpoints (check
 
 import json
 import os
-import tempfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -44,20 +44,16 @@ def write_atomic(path, data: bytes) -> None:
     Raises: StorageError (full disk, no permission) with the path; the old file, if any, stays.
     """
     path = Path(path)
-    tmp = None
+    tmp = path.with_name(f".{path.name}.tmp")  # one name: what a kill leaves is written over
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as f:
-            tmp = f.name
+        with open(tmp, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(tmp, 0o644)
         os.replace(tmp, path)
     except OSError as e:
-        if tmp and os.path.exists(tmp):
-            os.unlink(tmp)
+        with suppress(OSError):
+            tmp.unlink()
         raise StorageError(
             f"cannot write {path}: {e.strerror or e}; free space or choose another place"
         ) from e

@@ -11,14 +11,15 @@ from jax.tree_util import Partial
 
 from lvjax.core.errors import InputError
 from lvjax.core.functional import bound
-from lvjax.flow.sampling import sample
+from lvjax.flow.sampling import find_solver, sample
 from lvjax.flow.schedule import Schedule, make_schedule
+from lvjax.flow.truncated import flow_window
 from lvjax.memory.cache import init_cache
 from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.dit import dit
 from lvjax.models.vae import decode, encode
 from lvjax.nn.rope import grid_table
-from lvjax.rollout.clipwise import POSITIONS, ClipModel, Knobs, clipwise
+from lvjax.rollout.clipwise import MASK, POSITIONS, ClipModel, Knobs, clipwise
 from lvjax.rollout.method import Method
 
 
@@ -69,6 +70,14 @@ def error_free(
         raise InputError(
             f"positions={settings.positions!r} is unknown; choose one of {list(POSITIONS)}"
         )
+    if vae_cfg.temporal_stride != MASK:
+        raise InputError(
+            f"the autoencoder makes {vae_cfg.temporal_stride} frames per latent frame; "
+            f"this method needs {MASK}"
+        )
+    find_solver(settings.solver)
+    if settings.window is not None:
+        flow_window(settings.schedule.sigmas, settings.window, settings.axis)
     model = ClipModel(
         denoise=Partial(bound(_denoise, cfg=dit_cfg), weights["dit"]),
         rotation=Partial(bound(_rotation, cfg=dit_cfg)),

@@ -40,17 +40,21 @@ class Context:
 
 
 def dit_spec(cfg: DiTConfig) -> Spec:
-    """Parameters of the transformer; the blocks are stacked on a leading axis."""
+    """Parameters of the transformer; the blocks are stacked on a leading axis.
+
+    Text and time embeddings start as Xavier like everything else.  Wan draws N(0, 0.02), which is
+    Xavier's size at its widths; at pocket widths it is a fourth of it and mutes the text.
+    """
     d, cells = cfg.dim, cfg.patch[0] * cfg.patch[1] * cfg.patch[2]
     spec = {
         "patch_embedding": linear_spec(cfg.in_channels * cells, d, ("channels_in", "embed")),
         "text_embedding": {
-            "fc1": linear_spec(cfg.text_dim, d, ("channels_in", "embed"), 0.02),
-            "fc2": linear_spec(d, d, ("embed", None), 0.02),
+            "fc1": linear_spec(cfg.text_dim, d, ("channels_in", "embed")),
+            "fc2": linear_spec(d, d, ("embed", None)),
         },
         "time_embedding": {
-            "fc1": linear_spec(cfg.freq_dim, d, ("channels_in", "embed"), 0.02),
-            "fc2": linear_spec(d, d, ("embed", None), 0.02),
+            "fc1": linear_spec(cfg.freq_dim, d, ("channels_in", "embed")),
+            "fc2": linear_spec(d, d, ("embed", None)),
         },
         "time_projection": linear_spec(d, 6 * d, ("embed", "mlp")),
         "blocks": stack(block_spec(cfg), cfg.num_layers),

@@ -101,6 +101,10 @@ def load(name: str | Path = "pocket") -> Bundle:
         raise CheckpointError(
             f"no model in {folder} ({type(e).__name__}); give 'pocket' or a folder with model.json"
         ) from e
+    if missing := {"name", "defaults", *PARTS} - set(head if isinstance(head, dict) else ()):
+        raise CheckpointError(
+            f"{folder / 'model.json'} lacks {', '.join(sorted(missing))}; restore it"
+        )
     kinds = {"dit": DiTConfig, "vae": VAEConfig, "text": PocketTextConfig, "defaults": Defaults}
     configs = {k: _config(cls, head[k], folder / "model.json") for k, cls in kinds.items()}
     spec = specs(configs["dit"], configs["vae"], configs["text"])

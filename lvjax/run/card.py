@@ -53,6 +53,14 @@ def write_card(output, card: dict[str, Any]) -> None:
     write_atomic(card_path(output), data + b"\n")
 
 
+def read_json(path) -> Any:
+    """Raises: CheckpointError when the file is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path} is not a readable run card ({type(e).__name__})") from e
+
+
 def check_card(card: Any, source) -> dict[str, Any]:
     """Raises: CheckpointError when `card` is not a run card of this format."""
     if (

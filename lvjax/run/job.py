@@ -22,7 +22,7 @@ from lvjax.core.errors import CheckpointError, InputError
 from lvjax.io.video import FragmentedWriter
 from lvjax.run import card as cards
 from lvjax.run.bundle import Bundle, Defaults
-from lvjax.run.session import Request, Session, open_session
+from lvjax.run.session import Request, open_session
 from lvjax.run.state import chain, load_meta, load_state, save_state, state_path
 
 
@@ -114,15 +114,32 @@ def _unpng(text: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))).astype(np.float32) / 127.5 - 1
 
 
-def start(bundle: Bundle, request: Request, output, card: dict[str, Any]) -> None:
-    """Create the videos and the state of a run that has made nothing yet (clip 0 is next)."""
+def start(bundle: Bundle, request: Request, output, card: dict[str, Any]) -> tuple[str, ...]:
+    """Create the state of a run that has made nothing yet; `proceed` makes the videos.
+
+    From here on the run can be resumed.  Returns what the user should know about the request.
+    """
     session = open_session(bundle, request)
-    meta = {"card": card, "clip": 0, "frame": 0, "digest": "", "offsets": []}
-    for row, path in enumerate(outputs(output, len(request.timelines))):
-        with _writer(path, bundle, request, card | {"row": row}, None) as writer:
-            meta["offsets"].append(writer.offset)
-    cards.write_card(output, card)
+    offsets = [None] * len(request.timelines)
+    meta = {"card": card, "clip": 0, "frame": 0, "digest": "", "offsets": offsets}
     save_state(state_path(output), session.state, meta)
+    cards.write_card(output, card)
+    return session.notices
+
+
+def frames_done(output) -> int:
+    """Frames that an unfinished run has made."""
+    return load_meta(state_path(output))["frame"]
+
+
+def is_complete(output) -> bool:
+    """Whether a run to `output` was finished: its card has the digest, and all its videos exist."""
+    path = cards.card_path(output)
+    if state_path(output).exists() or not path.is_file():
+        return False
+    card = cards.check_card(cards.read_json(path), path)
+    videos = outputs(output, len(card["options"].get("timelines", [None])))
+    return "latents" in card and all(p.exists() for p in videos)
 
 
 def _writer(path, bundle: Bundle, request: Request, card, at) -> FragmentedWriter:
@@ -150,11 +167,10 @@ def proceed(
     bundle: Bundle,
     output,
     stop: Callable[[], bool] = lambda: False,
-    opened: Callable[[Session], None] = lambda s: None,
 ) -> Iterator[Progress]:
     """Make the remaining clips of the run whose state is beside `output`; one `Progress` per clip.
 
-    stop: asked after each clip; the state is saved by then.  opened: called once with the session.
+    stop: asked after each clip; the state is saved by then.
     The state file goes when the last clip is written.
     Raises: CheckpointError, StorageError, NonFiniteError; the clips before stay.
     """
@@ -164,7 +180,6 @@ def proceed(
     bundle = with_defaults(bundle, card)
     request = request_of(card["options"])
     session = open_session(bundle, request)
-    opened(session)
     state, meta = load_state(state_path(output), session.state)
     paths = outputs(output, len(request.timelines))
     with ExitStack() as files:

@@ -107,7 +107,8 @@ def check_plan(plan: Plan, bundle: Bundle, *, batch: int, size, frames: int, out
     have = available_memory()
     if plan.total + COMPILING > have:
         raise DoesNotFitError(
-            f"the run needs {(plan.total + COMPILING) / 1e9:.1f} GB of memory, {have / 1e9:.1f} GB are free; "
+            f"the run needs {(plan.total + COMPILING) / 1e9:.1f} GB of memory, "
+            f"{have / 1e9:.1f} GB are free; "
             f"{_smaller(bundle, batch, size, frames, have)}"
         )
     place = Path(output).resolve().parent

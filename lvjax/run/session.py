@@ -143,15 +143,18 @@ def frame_count(seconds: float, fps: int) -> int:
 
     Raises: InputError unless seconds is a positive finite number.
     """
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise InputError(f"seconds is {seconds}; give a positive number, for example 60")
+    if not 0 < seconds <= MAX_FRAMES / fps:  # false for NaN
+        raise InputError(
+            f"seconds is {seconds}; give a positive number up to {MAX_FRAMES / fps:g}"
+        )
     return check_frames(1 + 4 * round(seconds * fps / 4))
 
 
 def check_frames(frames: int) -> int:
     """Raises: InputError naming the two nearest counts of the form 1 + 4m."""
     if frames < 1 or frames > MAX_FRAMES or (frames - 1) % 4:
-        below = max(1, min(frames, MAX_FRAMES) - (min(frames, MAX_FRAMES) - 1) % 4)
+        near = min(frames, MAX_FRAMES - 4)
+        below = max(1, near - (near - 1) % 4)
         raise InputError(
             f"frames is {frames}; it must be 1 + 4m, at most {MAX_FRAMES}: the nearest are "
             f"{below} and {below + 4}"

@@ -67,7 +67,7 @@ def remember(params, history, context, frames, cfg: DiTConfig, task: ExtensionTa
     for i in range(k):
         own = jnp.arange((k + 1) * t, dtype=jnp.int32) // t == i
         past = open_past(cache, table, i * t, own)
-        known = condition_of(history[:, i], jnp.full((b,), 2 if i else 1, jnp.int32))
+        known = condition_of(history[:, i], jnp.full((b,), t - task.stride, jnp.int32))
         ctx = jax.tree.map(lambda c, i=i: c[i], context)
         _, past, keys = dit(
             params,

@@ -8,6 +8,7 @@ elsewhere in this package.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -173,17 +174,12 @@ def fit(
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     metrics = Metrics(folder / "metrics.jsonl", int(state.step))
     start = saved = mark = time.monotonic()
-    n = first = int(state.step)
+    n = first = begun = int(state.step)
     while n < o.steps and (seconds is None or time.monotonic() - start < seconds):
         state, values = step(state, shard_batch(batches(n), mesh))
         n += 1
         if n % o.log_every == 0 or n == o.steps:
-            values = {k: float(v) for k, v in values.items()}
-            if not all(map(jnp.isfinite, values.values())):
-                raise NonFiniteError(
-                    f"step {n}: loss is {values['loss']}; lower the learning rate and rerun: it "
-                    f"resumes from {snapshot}"
-                )
+            values = _finite(values, n, snapshot)
             now = time.monotonic()
             line = {"step": n, "seconds_per_step": (now - mark) / (n - first), **values}
             mark, first = now, n
@@ -191,7 +187,21 @@ def fit(
             if report:
                 report(line)
         if time.monotonic() - saved > o.save_every:
+            _finite(values, n, snapshot)
             save_snapshot(snapshot, state)
             saved = time.monotonic()
+    if n > begun:
+        _finite(values, n, snapshot)
     save_snapshot(snapshot, state)
     return state
+
+
+def _finite(values: dict, step: int, snapshot) -> dict[str, float]:
+    """The metrics of a step as floats; the gradient norm among them is finite only if all is."""
+    values = {k: float(v) for k, v in values.items()}
+    if not all(map(math.isfinite, values.values())):
+        raise NonFiniteError(
+            f"step {step}: loss is {values['loss']}; lower the learning rate and rerun: it "
+            f"resumes from {snapshot}"
+        )
+    return values

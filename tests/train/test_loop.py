@@ -74,9 +74,12 @@ def test_eight_devices_give_the_curve_of_one(tmp_path):
 
 def test_nan_stops_and_the_snapshot_stays(tmp_path):
     step, state = start()
-    with pytest.raises(NonFiniteError, match="step 6"):
+    with pytest.raises(NonFiniteError, match="step 5"):
         fit(step, state, lambda n: batches(n) * (np.nan if n == 4 else 1), OPTIONS, tmp_path)
-    assert load_snapshot(tmp_path / "snapshot.safetensors", state).step > 0
+    kept = load_snapshot(tmp_path / "snapshot.safetensors", start()[1])
+    assert kept.step == 4 and all(np.isfinite(a).all() for a in jax.tree.leaves(kept.params))
+    step, state = start()
+    assert fit(step, state, batches, OPTIONS, tmp_path).step == OPTIONS.steps
 
 
 def test_a_damaged_or_foreign_snapshot_is_refused(tmp_path):
