@@ -323,6 +323,10 @@ def train_extension(recipe: Recipe, run: Run, store: ClipStore, latents: np.ndar
         params = {part: begun[part] for part in params}
     else:
         params = init(params, jax.random.key(recipe.seed + 1))
+        # the prompt starts silent: loud before it means anything, it was shut out for good (all
+        # attention went to the padding rows, and softmax passed no gradient back)
+        out = params["dit"]["blocks"]["cross_attn"]["o"]
+        out["kernel"] = jnp.zeros_like(out["kernel"])
 
     def loss(stage: Stage):
         layers = memory_layers(recipe.dit) if stage.memory else None
