@@ -41,6 +41,7 @@ OPTIONS = (
     "method",
     "model",
 )
+ALTERNATIVES = (("prompt", "timeline", "prompt_file"), ("seconds", "frames"), ("image", "video"))
 SECONDS = 5.0
 
 
@@ -159,9 +160,11 @@ def _options(args) -> dict:
             f"{args.config}: {unknown[0]!r} is no setting of generate; allowed are "
             f"{', '.join(OPTIONS)} and defaults"
         )
-    options = {k: loaded.get(k) for k in OPTIONS} | {
-        k: v for k in OPTIONS if (v := getattr(args, k)) is not None
-    }
+    given = {k: v for k in OPTIONS if (v := getattr(args, k)) is not None}
+    replaced = {k for group in ALTERNATIVES if given.keys() & set(group) for k in group}
+    options = {k: None if k in replaced else loaded.get(k) for k in OPTIONS} | given
+    if isinstance(options["prompt"], str):
+        options["prompt"] = [options["prompt"]]
     if not args.config and any(not c.startswith("defaults.") for c in args.set):
         raise InputError(
             f"--set {args.set[0]}: without --config only defaults.KEY=VALUE can be set"

@@ -170,6 +170,9 @@ def test_config_and_set_reach_everything(model, tmp_path):
     )
     card = read_card(tmp_path / "a.mp4")
     assert card["options"]["defaults"]["shift"] == 5.0 and card["options"]["frames"] == 21
+    own = ("--config", str(config), "--prompt", "the camera zooms in", "--seconds", "1")
+    assert generate(model, tmp_path / "b.mp4", *own) == 0
+    assert read_card(tmp_path / "b.mp4")["options"]["timelines"] == [[[0, "the camera zooms in"]]]
     assert read_video(tmp_path / "a.mp4")[0].shape == (21, 16, 16, 3)
 
 
@@ -188,6 +191,10 @@ def test_config_and_set_reach_everything(model, tmp_path):
         (["--prompt", "x", "--video", "nowhere.mp4"], 2, "nowhere.mp4"),
         (["--prompt", "x", "--steps", "0"], 2, "steps"),
         (["--prompt", "x", "--num-videos", "0"], 2, "num-videos"),
+        (["--prompt", "x", "--seed", "-1"], 2, "seed"),
+        (["--prompt", "x", "--seconds", "1e308"], 2, "positive"),
+        (["--prompt", "x", "--set", "defaults.window=(0.7,0.3)"], 2, "window"),
+        (["--prompt", "x", "--config", "nowhere/demo.py"], 2, "nowhere/demo.py"),
         (["--prompt", "x", "--set", "defaults.shft=1"], 2, "'shift'"),
         (["--prompt", "x", "--config", "nothing"], 2, "pocket"),
         (["--prompt", "x", "--size", "8192x8192"], 4, "fit"),
