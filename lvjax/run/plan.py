@@ -20,7 +20,7 @@ RUNTIME = 520e6
 # more bytes while a program is compiled for the first time, measured on the CPU
 COMPILING = 350e6
 # H.264 bits per source pixel at the writer's quality, measured on pocket videos at six-fold size
-VIDEO_BITS = 16.0
+VIDEO_BITS = 20.0
 
 
 @dataclass(frozen=True)
