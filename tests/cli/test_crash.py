@@ -48,7 +48,7 @@ def test_twenty_kills_twenty_equal_videos(model, tmp_path):
         "--prompt",
         "a red circle moves up",
         "--frames",
-        "965",
+        "1925",
         "--seed",
         "3",
     ]
