@@ -9,20 +9,33 @@ key=jax.random.key(0))
 video.frames[0]   # uint8 [P, H, W, 3]
 """
 
+import dataclasses
+import difflib
+import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import numpy as np
 
 from lvjax.core.compat import enable_compilation_cache
 from lvjax.core.errors import InputError
-from lvjax.io.image import fit_image
+from lvjax.io.image import as_image, fit_image
 from lvjax.rollout.clipwise import pixel_frames
 from lvjax.run.bundle import Bundle, load
 from lvjax.run.job import enlarge
-from lvjax.run.session import ClipResult, Request, Session, frame_count, open_session, spread
+from lvjax.run.session import (
+    ClipResult,
+    Request,
+    Session,
+    check_size,
+    frame_count,
+    open_session,
+    spread,
+)
 
-__all__ = ["Bundle", "ClipResult", "Video", "generate", "load", "prepare", "stream"]
+__all__ = ["Bundle", "ClipResult", "Options", "Video", "generate", "load", "prepare", "stream"]
 
 
 @dataclass(frozen=True)
@@ -47,92 +60,144 @@ class Video:
             writer.write_clip(frames)
 
 
-def prepare(
-    bundle: Bundle,
-    prompt,
-    *,
-    negative_prompt: str = "",
-    image=None,
-    video=None,
-    num_frames: int | None = None,
-    seconds: float | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    guidance_scale: float | None = None,
-    num_inference_steps: int | None = None,
-    method: str = "error_free",
-    seed: int = 0,
-) -> Session:
-    """A run that is ready: its method, first state and clips, for those who drive it themselves.
+ALTERNATIVES = (("num_frames", "seconds"), ("image", "video"), ("seed", "key"))
+NUMBERS = (
+    (
+        ("num_frames", "height", "width", "num_inference_steps", "seed"),
+        numbers.Integral,
+        "a whole number",
+    ),
+    (("seconds", "guidance_scale"), numbers.Real, "a number"),
+)
 
-    prompt: one prompt; a list of prompts, spread evenly over the video; or a timeline [(seconds,
-      prompt), ...].  A batch is a
-      list of such lists or timelines.
-    image: uint8 [H, W, 3], the first frame; it is fitted to the size.  video: uint8 [P, H, W, 3],
-      to be continued; not both.
+
+@dataclass(frozen=True)
+class Options:
+    """What to make, by the names that diffusers' users know.  All can be left out.
+
+    negative_prompt: what guidance leads away from.
+    image: the first frame, fitted to the size: uint8 [H, W, 3], floating point [H, W, 3] in [0, 1],
+      or a PIL image.  video: frames to be continued, [P, H, W, 3] or a list, each as `image` may
+      be.  Not both.
     num_frames (1 + 4m) or seconds; the default is one clip of 17 frames.
     height, width: multiples of the model's unit (64 x 64 for the pocket model by default).
     guidance_scale: 1 means no guidance.  num_inference_steps: of the sampler; T-RFlow stops before
       the last.
+    seed: 0 to 2**32 - 1; or key: one typed JAX key, `jax.random.key(0)` being seed 0.
+    """
+
+    negative_prompt: str = ""
+    image: Any = None
+    video: Any = None
+    num_frames: int | None = None
+    seconds: float | None = None
+    height: int | None = None
+    width: int | None = None
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+    method: str = "error_free"
+    seed: int | None = None
+    key: Any = None
+
+    def __post_init__(self):
+        for a, b in ALTERNATIVES:
+            if getattr(self, a) is not None and getattr(self, b) is not None:
+                raise InputError(f"both {a} and {b} are given; give one of them")
+        for names, kind, words in NUMBERS:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+                    raise InputError(f"{name} is {value!r}; give {words}")
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise InputError(f"seed is {self.seed}; give a number from 0 to {2**32 - 1}")
+        if self.key is not None and not _is_key(self.key):
+            what = getattr(self.key, "dtype", type(self.key).__name__)
+            raise InputError(
+                f"key is {what}{list(getattr(self.key, 'shape', ()))}; give one typed key, for "
+                "example jax.random.key(0)"
+            )
+
+
+def _is_key(key) -> bool:
+    return isinstance(key, jax.Array) and (
+        jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+    )
+
+
+def prepare(bundle: Bundle, prompt, **options) -> Session:
+    """A run that is ready: its method, first state and clips, for those who drive it themselves.
+
+    prompt: one prompt; a list of prompts, spread evenly over the video; or a timeline [(seconds,
+      prompt), ...].  A batch is a list of such lists or timelines.
+    options: the fields of `Options`.
     Raises: InputError with the nearest legal values.
     """
-    d = bundle.defaults
-    if num_frames is not None and seconds is not None:
-        raise InputError("both num_frames and seconds are given; give one of them")
-    if image is not None and video is not None:
-        raise InputError("both image and video are given; give one of them")
-    size = tuple(own if n is None else n for n, own in zip((height, width), d.size, strict=True))
-    frames = (
-        frame_count(seconds, d.fps)
-        if seconds is not None
-        else pixel_frames(d.clip_latents)
-        if num_frames is None
-        else num_frames
+    names = [f.name for f in dataclasses.fields(Options)]
+    if unknown := sorted(set(options) - set(names)):
+        near = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.0)
+        raise InputError(f"unknown option {unknown[0]!r}; did you mean {near[0]!r}?")
+    o, d = Options(**options), bundle.defaults
+    size = tuple(
+        own if n is None else n for n, own in zip((o.height, o.width), d.size, strict=True)
     )
-    start = None if image is None else fit_image(np.asarray(image), size)
-    if video is not None:
-        start = np.stack(
-            [fit_image(f, size) for f in np.asarray(video)[-(1 + 4 * (d.overlap - 1)) :]]
-        )
-    rows = tuple(_timeline(p, frames, d.fps) for p in _rows(prompt))
+    frames = pixel_frames(d.clip_latents) if o.num_frames is None else o.num_frames
+    if o.seconds is not None:
+        frames = frame_count(o.seconds, d.fps)
+    start, notices = _start_frames(o, check_size(size, bundle), pixel_frames(d.overlap))
     request = Request(
-        rows,
+        tuple(_timeline(p, frames, d.fps) for p in _rows(prompt)),
         frames,
-        negative_prompt,
+        o.negative_prompt,
         start,
         size,
-        num_inference_steps,
-        guidance_scale,
-        seed,
-        method,
+        o.num_inference_steps,
+        o.guidance_scale,
+        o.seed or 0,
+        o.method,
     )
-    return open_session(bundle, request)
+    session = open_session(bundle, request)
+    session = dataclasses.replace(session, notices=(*notices, *session.notices))
+    return session if o.key is None else session.with_key(o.key)
+
+
+def _start_frames(o: Options, size: tuple[int, int], most: int):
+    """The picture, or the last `most` frames of the video, as the run starts from them: float32
+    [H, W, 3] or [P, H, W, 3] in [-1, 1], None for nothing; and notices.
+    """
+    if o.image is not None:
+        image, notices = as_image(o.image)
+        return fit_image(image, size), notices
+    if o.video is None:
+        return None, []
+    if not hasattr(o.video, "__len__") or isinstance(o.video, str) or len(o.video) == 0:
+        raise InputError(
+            f"video is {type(o.video).__name__} without frames; give [P, H, W, 3] with P >= 1, or "
+            "a list of pictures"
+        )
+    first = max(0, len(o.video) - most)
+    used = [as_image(f, f"video frame {i}") for i, f in enumerate(o.video[first:], first)]
+    notices = dict.fromkeys(notice for _, notices in used for notice in notices)
+    return np.stack([fit_image(f, size) for f, _ in used]), list(notices)
 
 
 def stream(bundle: Bundle, prompt, **options) -> Iterator[ClipResult]:
-    """Yield a `ClipResult` per clip while the video is made; memory does not grow.  Options as in
-    `prepare`.
+    """A `ClipResult` per clip while the video is made; memory does not grow.
+
+    prompt, options: as in `prepare`.
     """
     enable_compilation_cache()
-    yield from prepare(bundle, prompt, **options).run()
+    return prepare(bundle, prompt, **options).run()
 
 
 def generate(
-    bundle: Bundle,
-    prompt,
-    *,
-    key=None,
-    callback: Callable[[ClipResult], None] | None = None,
-    **options,
+    bundle: Bundle, prompt, *, callback: Callable[[ClipResult], None] | None = None, **options
 ) -> Video:
-    """Make a whole video in memory.  Options as in `prepare`.
+    """Make a whole video in memory.
 
-    key: a typed JAX key instead of `seed`.  callback: called after each clip.
+    prompt, options: as in `prepare`.  callback: called after each clip.
     """
     enable_compilation_cache()
     session = prepare(bundle, prompt, **options)
-    if key is not None:
-        session = session.with_key(key)
     frames, latents = [], []
     for clip in session.run():
         frames.append(clip.frames)
@@ -146,9 +211,10 @@ def _rows(prompt) -> list:
     """One entry per row of the batch."""
     if isinstance(prompt, str):
         return [prompt]
-    prompt = list(prompt)
+    if not isinstance(prompt, (list, tuple)):
+        raise InputError(f"prompt is {prompt!r}; give text, a list of texts or a timeline")
     batched = bool(prompt) and isinstance(prompt[0], (list, tuple)) and not _is_moment(prompt[0])
-    return prompt if batched else [prompt]
+    return list(prompt) if batched else [prompt]
 
 
 def _is_moment(x) -> bool:
@@ -158,5 +224,8 @@ def _is_moment(x) -> bool:
 def _timeline(prompts, frames: int, fps: int):
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if prompts and not isinstance(prompts[0], str):
-        return tuple((float(t), p) for t, p in prompts)
+        try:
+            return tuple((float(t), p) for t, p in prompts)
+        except (TypeError, ValueError) as e:
+            raise InputError(f"prompt is {prompts!r}; a timeline is [(seconds, text), ...]") from e
     return spread(prompts, frames, fps)

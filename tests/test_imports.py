@@ -97,6 +97,16 @@ def test_a_file_imports_only_what_its_package_may(path):
     assert outside(path) <= allowed, f"{name(path)} imports {sorted(outside(path) - allowed)}"
 
 
+@pytest.mark.parametrize("folder", ["core", "nn", "models", "rollout", "train", "bench"])
+@pytest.mark.parametrize(
+    "text",
+    ["import torch", "def f():\n    from PIL import Image", "if False:\n    import av.error as e"],
+)
+def test_a_forbidden_import_is_found_wherever_it_hides(tmp_path, folder, text):
+    (tmp_path / "file.py").write_text(f"import jax\n{text}\n")
+    assert len(outside(tmp_path / "file.py") - PACKAGES.get(folder, NUMERIC)) == 1
+
+
 def test_models_know_no_method_and_the_rival_is_not_imported():
     for path in SOURCES:
         assert "lvjax.bench.torch_sdpa" not in imports(path), name(path)

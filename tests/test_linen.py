@@ -9,22 +9,8 @@ from flax.training.train_state import TrainState
 
 from lvjax.core.params import abstract
 from lvjax.linen import WanDiT
-from lvjax.models.config import DiTConfig
 from lvjax.models.dit import dit, dit_spec, embed_context
-
-CFG = DiTConfig(
-    dim=32,
-    num_heads=2,
-    num_layers=2,
-    ffn_dim=48,
-    in_channels=4,
-    out_channels=4,
-    condition_channels=3,
-    text_dim=8,
-    text_len=6,
-    freq_dim=16,
-    dtype="float32",
-)
+from tests.tiny import SMALL_DIT as CFG
 
 
 def batch():
@@ -80,4 +66,4 @@ def test_context_computed_before():
     assert float(jnp.abs(variables["params"]["blocks"]["ffn"]["fc1"]["kernel"]).max()) > 0
     assert float(jnp.abs(variables["params"]["head"]["linear"]["kernel"]).max()) == 0
     context = jax.jit(lambda v, t: model.apply(v, t, method="embed_context"))(variables, text)
-    assert context.k.shape == (2, 2, 6, 2, 16)
+    assert context.k.shape == (2, 2, 6, 2, 24)

@@ -22,6 +22,20 @@ DIT = DiTConfig(
     dtype="float32",
 )
 VAE = VAEConfig(8, 16, (1, 1, 2), 1, (True, True), 2, (0.0,) * 16, (1.0,) * 16)
+SMALL_DIT = DiTConfig(
+    48,
+    2,
+    2,
+    64,
+    in_channels=4,
+    out_channels=4,
+    condition_channels=3,
+    text_dim=8,
+    text_len=6,
+    freq_dim=16,
+    dtype="float32",
+)
+"""For tests of the transformer alone: Wan's patches, and no two sizes alike."""
 TEXT = PocketTextConfig(len(VOCABULARY) + 1, dim=16)
 DEFAULTS = Defaults(size=(16, 16), steps=4, upscale=2)
 

@@ -39,19 +39,31 @@ def load(name: str, changes: list[str] = ()):
     """The ConfigDict of a config with `changes` ("a.b=value") applied.
 
     Raises: InputError for a file without get_config, an unknown key (with the nearest), or a value
-    that is not Python.
+    that is not Python, or an error in the file.
     """
-    path = find(name)
-    get_config = runpy.run_path(str(path)).get("get_config")
-    if get_config is None:
-        raise InputError(f"{path} has no get_config(); a config is a Python file that defines it")
-    config = get_config()
+    config = _run(find(name))
     for change in changes:
         key, eq, text = change.partition("=")
         if not eq:
             raise InputError(f"--set {change!r}; write key=value, for example --set seed=3")
         _assign(config, key, _value(text))
     return config
+
+
+def _run(path: Path):
+    """What get_config() of a file returns."""
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if get_config is not None:
+            return get_config()
+    except InputError:
+        raise
+    except Exception as e:  # noqa: BLE001  somebody's Python: anything can go wrong in it
+        what = str(e).splitlines()[0] if str(e) else ""
+        raise InputError(
+            f"{path} cannot be used ({type(e).__name__}: {what}); correct the file"
+        ) from e
+    raise InputError(f"{path} has no get_config(); a config is a Python file that defines it")
 
 
 def _value(text: str):
@@ -91,7 +103,10 @@ def build(cls, values) -> Any:
             near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.0)
             raise InputError(f"{cls.__name__} has no field {key!r}; did you mean {near[0]!r}?")
         out[key] = _cast(hints[key], value)
-    return cls(**out)
+    try:
+        return cls(**out)
+    except TypeError as e:  # a field without a value
+        raise InputError(f"{cls.__name__}: {e}; give all of its fields") from e
 
 
 def changed(value, fields: dict, changes: list[str]) -> Any:

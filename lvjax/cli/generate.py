@@ -5,13 +5,13 @@ import argparse
 import dataclasses
 import re
 import sys
-import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from lvjax.cli import config as configs
+from lvjax.cli import drive
 from lvjax.core.compat import enable_compilation_cache
 from lvjax.core.errors import InputError
 from lvjax.io.image import fit_image, read_image
@@ -19,10 +19,9 @@ from lvjax.io.video import read_video
 from lvjax.methods import METHODS
 from lvjax.run import card as cards
 from lvjax.run import job, lock
+from lvjax.run import plan as plans
 from lvjax.run.bundle import Bundle, Defaults, load
-from lvjax.run.plan import check_plan, make_plan
 from lvjax.run.session import Request, check_frames, check_size, check_timeline, frame_count, spread
-from lvjax.run.signals import stoppable
 
 OPTIONS = (
     "prompt",
@@ -91,59 +90,92 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args) -> int:
     enable_compilation_cache()
-    output = Path(args.out)
-    if output.suffix.lower() != ".mp4":
-        raise InputError(f"--out is {args.out}; it must end in .mp4")
-    with lock.hold(output):
-        if args.resume and (card := job.saved_card(output)) is not None:
-            bundle = load(card["options"]["model"])
-            _same_weights(card, bundle)
-        elif args.resume and job.is_complete(output):
+    output, options = Path(args.out), _options(args)
+    if args.resume and (code := _resume(args, options, output)) is not None:
+        return code
+    return _start(args, options, output)
+
+
+def _start(args, options: dict, output: Path) -> int:
+    """Read the inputs, plan, and make a new video or batch of videos."""
+    model = cards.model_place(options["model"])
+    outline = plans.outline(model, options["defaults"])
+    request, notices = make_request(outline, options)
+    rows = len(request.timelines)
+    with lock.hold({output, *job.outputs(output, rows)}):
+        drive.check_output(output, rows, args.overwrite)
+        drive.announce(outline, request, output, args.quiet)
+        for notice in notices:
+            print(f"note: {notice}", file=sys.stderr)
+        bundle = dataclasses.replace(load(model), defaults=outline.defaults)
+        card = _card(request, bundle, model, options)
+        for notice in job.start(bundle, request, output, card):
+            print(f"note: {notice}", file=sys.stderr)
+        return drive.finish(bundle, output, args.quiet)
+
+
+def _resume(args, options: dict, output: Path) -> int | None:
+    """Go on with the unfinished run of `output`; None when nothing was begun there.
+
+    Settings beside --resume must be those of the run, all of them; --model alone says where its
+    weights are now.
+    Raises: InputError when settings or weights differ.
+    """
+    with ExitStack() as held:
+        held.enter_context(lock.hold(output))
+        card = job.saved_card(output)
+        if complete := card is None and job.is_complete(output):
+            card = cards.read_json(cards.card_path(output))
+        if card is None and not _given(args):
+            raise InputError(
+                f"there is no unfinished run at {output}; give its prompts to start one"
+            )
+        if card is None:
+            return None
+        request = job.request_of(card["options"])
+        rows = set(job.outputs(output, len(request.timelines)))
+        held.enter_context(lock.hold(rows - {output}))
+        model = cards.model_place(options["model"] or card["options"].get("model"))
+        if _given(args):
+            _check_same(card, model, options)
+        if complete:
             print(f"{output} is already complete")
             return 0
-        else:
-            bundle = _start(args, output)
-        return _proceed(bundle, output, args.quiet)
+        outline = job.with_defaults(plans.outline(model), card)
+        cards.check_place(output)
+        drive.announce(outline, request, output, args.quiet)
+        bundle = dataclasses.replace(load(model), defaults=outline.defaults)
+        if card["weights"] != bundle.hashes:
+            raise InputError(
+                f"the run was begun with other weights than those of {model}; give the folder that "
+                "has them with --model, or start again with --overwrite"
+            )
+        return drive.finish(bundle, output, args.quiet)
 
 
-def _start(args, output: Path) -> Bundle:
-    """Read the inputs, plan, and create the run."""
-    options = _options(args)
-    bundle = load(options.get("model") or "pocket")
-    bundle = dataclasses.replace(bundle, defaults=options["defaults"](bundle.defaults))
-    request, notices = make_request(bundle, options)
-    rows = len(request.timelines)
-    if not args.overwrite and any(p.exists() for p in job.outputs(output, rows)):
-        unfinished = " (unfinished: --resume goes on)" if job.state_path(output).exists() else ""
+def _check_same(card: dict, model: str, options: dict) -> None:
+    """Raises: InputError when the settings beside --resume are not those of the card."""
+    outline = plans.outline(model, options["defaults"])
+    if not any(options.get(k) for k in ALTERNATIVES[0]):
         raise InputError(
-            f"{output} already exists{unfinished}; choose another --out or add --overwrite"
+            "settings beside --resume must be all those of the run, its prompts too; or give "
+            "--resume and --out alone"
         )
-    given = 0 if request.start is None else len(request.start)
-    plan = make_plan(bundle, batch=rows, size=request.size, frames=request.frames, given=given)
-    if not args.quiet:
-        print(plan)
-    check_plan(plan, bundle, batch=rows, size=request.size, frames=request.frames, output=output)
-    for notice in notices:
-        print(f"note: {notice}", file=sys.stderr)
+    request, _ = make_request(outline, options)
+    job.check_same(card, _card(request, outline, model, options))
+
+
+def _given(args) -> bool:
+    """Whether any setting of the video is on the command line."""
+    settings = (getattr(args, k) for k in (*OPTIONS, "config") if k != "model")
+    return bool(args.set) or any(v is not None for v in settings)
+
+
+def _card(request: Request, bundle: Bundle, model: str, options: dict) -> dict:
+    """The card of a run with these settings; without weights for an outline."""
     inputs = {k: cards.file_hash(options[k]) for k in ("image", "video") if options.get(k)}
-    if request.seed != request.seed % 2**32:
-        raise InputError(f"--seed is {request.seed}; give a number from 0 to {2**32 - 1}")
-    card = cards.make_card(
-        job.options_of(request, bundle, options.get("model") or "pocket"),
-        weights=bundle.hashes,
-        inputs=inputs,
-    )
-    for notice in job.start(bundle, request, output, card):
-        print(f"note: {notice}", file=sys.stderr)
-    return bundle
-
-
-def _same_weights(card, bundle: Bundle) -> None:
-    if card["weights"] != bundle.hashes:
-        raise InputError(
-            f"the run was begun with other weights of {bundle.name}; put them back or start "
-            "again with --overwrite"
-        )
+    settings = job.options_of(request, bundle, model)
+    return cards.make_card(settings, weights=bundle.hashes, inputs=inputs)
 
 
 def _options(args) -> dict:
@@ -194,6 +226,9 @@ def make_request(bundle: Bundle, options: dict) -> tuple[Request, list[str]]:
     rows = [t for t in _timelines(options, check_frames(frames), d.fps) for _ in range(count)]
     for row in rows:
         check_timeline(row)
+    seed = options.get("seed") or 0
+    if seed != seed % 2**32:
+        raise InputError(f"--seed is {seed}; give a number from 0 to {2**32 - 1}")
     request = Request(
         tuple(rows),
         frames,
@@ -202,7 +237,7 @@ def make_request(bundle: Bundle, options: dict) -> tuple[Request, list[str]]:
         size,
         options.get("steps"),
         options.get("guidance"),
-        options.get("seed") or 0,
+        seed,
         options.get("method") or "error_free",
     )
     return request, notices
@@ -263,36 +298,3 @@ def _text(path) -> str:
         raise InputError(
             f"cannot read {path} ({e.strerror if isinstance(e, OSError) else 'not UTF-8 text'})"
         ) from e
-
-
-def _proceed(bundle: Bundle, output: Path, quiet: bool) -> int:
-    """Make the clips with a progress display; returns the exit code."""
-    began, bar, last = time.monotonic(), None, job.frames_done(output)
-    live = sys.stderr.isatty() and not quiet
-    with stoppable() as stop:
-        for p in job.proceed(bundle, output, stop=lambda: stop.signal is not None):
-            if live:
-                bar = bar or tqdm(total=p.frames, initial=last, unit="frame", desc=output.name)
-                bar.set_postfix_str(f"clip {p.clip}/{p.clips}", refresh=False)
-                bar.update(p.frame - bar.n)
-            elif not quiet:
-                rate = (p.frame - last) / max(time.monotonic() - began, 1e-9)
-                print(
-                    f"clip {p.clip}/{p.clips}: {p.frame}/{p.frames} frames, {rate:.1f} frames/s, "
-                    f"{(p.frames - p.frame) / rate:.0f} s left",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                began, last = time.monotonic(), p.frame
-        if bar:
-            bar.close()
-        if job.state_path(output).exists():
-            print(
-                f"lvjax: stopped after a finished clip; `lvjax generate --resume --out {output}` "
-                "goes on",
-                file=sys.stderr,
-            )
-            return stop.code
-    if not quiet:
-        print(f"wrote {output}")
-    return 0

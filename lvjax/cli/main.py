@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `lvjax` command: subcommands, and how errors end.
 
-Exit codes: 0 done, 2 bad input, 3 bad checkpoint, 4 does not fit in memory, 5 stopped on NaN, 6
-  disk, 7 in use by another
-run, 130/143 interrupted with the state saved.  One line on stderr; tracebacks only with --debug.
+Exit codes: 0 done, 2 bad input, 3 bad checkpoint, 4 does not fit in memory, 5 stopped on NaN,
+6 disk, 7 in use by another run, 130/143 interrupted with the state saved.  One line on
+stderr; tracebacks only with --debug.
 """
 
 import argparse
 import importlib
+import signal
 import sys
 import traceback
 
 from lvjax.core.errors import DoesNotFitError, LvjaxError
+from lvjax.core.signals import interruptible
 
 COMMANDS = {
     "generate": "make a video from prompts, a photo or a video",
@@ -49,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser(argv).parse_args(argv)
     try:
-        return importlib.import_module(f"lvjax.cli.{args.command}").run(args) or 0
+        with interruptible():
+            return importlib.import_module(f"lvjax.cli.{args.command}").run(args) or 0
     except LvjaxError as e:
         return _end(e, e.code, args.debug)
     except MemoryError as e:
@@ -58,9 +61,9 @@ def main(argv: list[str] | None = None) -> int:
             4,
             args.debug,
         )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         print("lvjax: interrupted", file=sys.stderr)
-        return 130
+        return 128 + (e.args[0] if e.args else signal.SIGINT)
     except Exception as e:  # noqa: BLE001  the edge of the program: device errors have no common type
         if "RESOURCE_EXHAUSTED" in str(e):
             return _end(

@@ -1,37 +1,124 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lvjax replay`: make a video again from its run card."""
+"""`lvjax replay`: make a video again from its run card.
+
+The card inside a video asks for that video; the card beside a batch, NAME.mp4.json, for all of it.
+A video of a batch is made again by the program of its whole batch, and only that video is written.
+Run alone the row would differ in the last bits: a program for one row rounds otherwise than one for
+four, and the difference grows along a video.  So it costs the time and memory of the batch, which
+the plan says before anything starts.
+"""
 
 import argparse
+import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from lvjax.cli.generate import _proceed
+from lvjax.cli import drive
 from lvjax.core.compat import enable_compilation_cache
-from lvjax.core.errors import InputError
-from lvjax.io.video import read_card
+from lvjax.core.errors import CheckpointError, LvjaxError
+from lvjax.io.video import FragmentedWriter, read_card
 from lvjax.run import card as cards
 from lvjax.run import job, lock
-from lvjax.run.bundle import load
+from lvjax.run import plan as plans
+from lvjax.run.bundle import Bundle, load
+from lvjax.run.session import Request, check_frames, check_size, check_timeline, open_session
+from lvjax.run.state import chain
+
+KINDS = {
+    "frames": int,
+    "seed": int,
+    "negative": str,
+    "method": str,
+    "steps": int | None,
+    "guidance": int | float | None,
+}
+"""Types of a card's plain options."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("video", help="a video that `lvjax generate` wrote")
-    parser.add_argument("--out", help="default: NAME-replay.mp4 beside it")
-    parser.add_argument("--quiet", action="store_true")
+    add = parser.add_argument
+    add("video", help="a video that `lvjax generate` wrote, or its card, VIDEO.json")
+    add("--out", help="default: NAME-replay.mp4 beside it")
+    add("--model", help='"pocket" or a folder, where the weights are now (default: as in the card)')
+    add("--overwrite", action="store_true", help="replace a video that is already there")
+    add("--quiet", action="store_true", help="no plan and no progress")
 
 
 def run(args) -> int:
     enable_compilation_cache()
     source = Path(args.video)
-    card = cards.check_card(read_card(source), source)
-    output = Path(args.out) if args.out else source.with_name(f"{source.stem}-replay.mp4")
-    card = {k: v for k, v in card.items() if k != "row"}
-    bundle = load(card["options"]["model"])
-    now = cards.make_card(card["options"], weights=bundle.hashes, inputs=card["inputs"])
-    for line in cards.differences(card, now):
-        print(f"note: {line}; the video may differ", file=sys.stderr)
-    with lock.hold(output):
-        if output.exists():
-            raise InputError(f"{output} already exists; choose another --out")
-        job.start(job.with_defaults(bundle, card), job.request_of(card["options"]), output, now)
-        return _proceed(bundle, output, args.quiet)
+    card = cards.read_json(source) if source.suffix == ".json" else read_card(source)
+    row = cards.check_card(card, source).get("row")
+    model = cards.model_place(args.model or card["options"].get("model"))
+    outline, request = _resolve(card, row, model, source)
+    video = source.with_suffix("") if source.suffix == ".json" else source
+    output = Path(args.out) if args.out else video.with_name(f"{video.stem}-replay.mp4")
+    batch = len(request.timelines)
+    alone = batch > 1 and row is not None
+    rows = 1 if alone else batch
+    with lock.hold({output, *job.outputs(output, rows)}):
+        drive.check_output(output, rows, args.overwrite)
+        drive.announce(outline, request, output, args.quiet)
+        bundle = dataclasses.replace(load(model), defaults=outline.defaults)
+        options = card["options"] | {"model": model}
+        now = cards.make_card(options, weights=bundle.hashes, inputs=card["inputs"])
+        for line in cards.differences(card, now):
+            print(f"note: {line}; the video may differ", file=sys.stderr)
+        if alone:
+            return _one_of_batch(bundle, request, row, output, now, args.quiet)
+        job.start(bundle, request, output, now)
+        return drive.finish(bundle, output, args.quiet)
+
+
+def _resolve(card: dict, row, model: str, source) -> tuple[Bundle, Request]:
+    """The model without weights and the request that a card asks for.
+
+    Raises: CheckpointError when a setting of the card is missing or impossible.
+    """
+    outline = plans.outline(model)
+    try:
+        for key, kind in KINDS.items():
+            if not isinstance(value := card["options"][key], kind):
+                raise ValueError(f"{key} is {value!r}")
+        outline = job.with_defaults(outline, card)
+        request = job.request_of(card["options"])
+        check_frames(request.frames)
+        check_size(request.size, outline)
+        for timeline in request.timelines:
+            check_timeline(timeline)
+        plans.make_plan(outline, plans.work_of(request, outline))
+        if row is not None and row not in range(len(request.timelines)):
+            raise ValueError(f"row {row!r} of {len(request.timelines)} videos")
+    except (LvjaxError, LookupError, TypeError, ValueError, AttributeError) as e:
+        why = f"it has no {e}" if isinstance(e, KeyError) else e
+        raise CheckpointError(f"the run card of {source} cannot be followed: {why}") from e
+    return outline, request
+
+
+def _one_of_batch(
+    bundle: Bundle, request: Request, row: int, output: Path, card: dict, quiet: bool
+) -> int:
+    """Make a whole batch and write one video of it; returns the exit code.
+
+    Nothing is saved between clips: an interrupted replay of a batch begins again.
+    """
+    d = bundle.defaults
+    height, width = request.size
+    size = (width * d.upscale, height * d.upscale)
+
+    def clips(stop) -> Iterator[job.Progress]:
+        session, digest, frames = open_session(bundle, request), "", 0
+        with FragmentedWriter(output, size, d.fps, card | {"row": row}) as writer:
+            for result in session.run():
+                writer.write_clip(job.enlarge(result.frames[row], d.upscale))
+                digest = chain(digest, result.latents)
+                frames += result.frames.shape[1]
+                yield job.Progress(
+                    result.clip + 1, session.num_clips, frames, session.frames, digest
+                )
+                if stop():
+                    return
+        cards.write_card(output, card | {"row": row, "latents": digest})
+
+    return drive.follow(clips, output, 0, "replay again with --overwrite", quiet)

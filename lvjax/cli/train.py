@@ -2,13 +2,18 @@
 """`lvjax train`: run or continue a training recipe."""
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
 from lvjax.cli import config
 from lvjax.core.compat import enable_compilation_cache
-from lvjax.core.errors import InputError
+from lvjax.core.errors import InputError, StorageError
+from lvjax.data.clips import CLIP_FRAMES
+from lvjax.data.world import SIZE
 from lvjax.lab.pocket import Recipe, Run, train
+from lvjax.lab.resume import claim
+from lvjax.run import lock
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,15 +36,54 @@ def run(args) -> int:
         raise InputError(f"--minutes is {args.minutes}; give a positive number")
     enable_compilation_cache()
     recipe = config.build(Recipe, config.load(args.config, args.set))
-    bundle = train(
-        recipe, Run(Path(args.folder), args.minutes and 60 * args.minutes, report=_report)
-    )
+    if min(recipe.videos, recipe.clips) < 1:
+        raise InputError(f"videos is {recipe.videos}, clips {recipe.clips}; give 1 or more of each")
+    folder = Path(args.folder)
+    with lock.hold(folder / "training", "--folder"):
+        try:
+            _check_disk(recipe, folder)
+            claim(recipe, folder)
+            return _train(recipe, Run(folder, args.minutes and 60 * args.minutes, report=_report))
+        except OSError as e:
+            where = e.filename or folder
+            raise StorageError(
+                f"cannot use {where}: {e.strerror or e}; free space or choose another --folder"
+            ) from e
+
+
+def _train(recipe: Recipe, run: Run) -> int:
+    """Train; returns the exit code.  A signal ends a stage after the step in flight, with a
+    snapshot (`fit`), and preparation at once: what it had finished is found again.
+    """
+    try:
+        bundle = train(recipe, run)
+    except KeyboardInterrupt as e:
+        print(
+            f"lvjax: stopped, what is done is saved; the same command goes on from {run.folder}",
+            file=sys.stderr,
+        )
+        return 128 + (e.args[0] if e.args else 2)
     print(
-        f"model saved in {args.folder}/bundle"
+        f"model saved in {run.folder}/bundle"
         if bundle
-        else f"stopped by the time limit; the same command goes on from {args.folder}"
+        else f"stopped by the time limit; the same command goes on from {run.folder}"
     )
     return 0
+
+
+def _check_disk(recipe: Recipe, folder: Path) -> None:
+    """Raises: StorageError when the rendered clips, and a tenth more for the rest, do not fit.
+
+    They are written through memory maps, where a full disk would end the process without a word.
+    """
+    needed = 1.1 * recipe.videos * recipe.clips * CLIP_FRAMES * SIZE * SIZE * 3
+    there = sum(p.stat().st_blocks * 512 for p in folder.glob("clips/*.npy"))
+    free = shutil.disk_usage(folder).free
+    if needed - there > free:
+        raise StorageError(
+            f"the clips of this recipe need {(needed - there) / 1e9:.1f} GB more in {folder}, "
+            f"{free / 1e9:.1f} GB are free; free space, choose another --folder or fewer videos"
+        )
 
 
 def _report(stage: str, line: dict) -> None:

@@ -4,12 +4,14 @@ is a function of the step.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from lvjax.core.checkpoint import write_atomic
 from lvjax.core.errors import InputError, StorageError
-from lvjax.data.prompts import MAX_WORDS, encode
-from lvjax.data.world import CLIP_STRIDE, GIVEN, SIZE, Video
+from lvjax.data.prompts import MAX_WORDS, SCENES, VOCABULARY, encode
+from lvjax.data.world import CLIP_STRIDE, GIVEN, RADIUS, SIZE, Video
 
 CLIP_FRAMES = CLIP_STRIDE + GIVEN
 
@@ -23,17 +25,59 @@ def prompt_ids(video: Video, clip: int) -> np.ndarray:
     return encode(action.prompt(scene=named))[0]
 
 
-def render(index: int, clips: int, **kwargs) -> tuple[np.ndarray, np.ndarray]:
-    """The first `clips` clips of video `index`: frames uint8 [K, P, H, W, 3] and prompt ids int32
-    [K, MAX_WORDS].
+def continues(ids: np.ndarray) -> np.ndarray:
+    """ids int32 [..., K, M] of clips in order -> bool [..., K]: whether a clip goes on with the
+    action of the clip before, the scene's name aside; the first always does.
+
+    Where it does not, the first GIVEN frames of the clip follow another prompt than its own.
+    """
+    scene = [VOCABULARY[word] for word in ("over", *SCENES)]
+    used = np.where(np.isin(ids, scene), 0, ids)
+    # the words that are left keep their order: move the gaps behind them
+    order = np.argsort(used == 0, axis=-1, kind="stable")
+    used = np.take_along_axis(used, order, axis=-1)
+    first = np.ones((*ids.shape[:-2], 1), bool)
+    return np.concatenate([first, (used[..., 1:, :] == used[..., :-1, :]).all(-1)], axis=-1)
+
+
+class Rendered(NamedTuple):
+    """Clips of a video.  frames: uint8 [K, P, H, W, 3].  ids: prompts, int32 [K, MAX_WORDS].
+    objects: float32 [K, P, 2], the object's centre (x, y) in pixels, nan without one.
+    """
+
+    frames: np.ndarray
+    ids: np.ndarray
+    objects: np.ndarray
+
+
+def coverage(objects: np.ndarray, size: tuple[int, int, int]) -> np.ndarray:
+    """How much of each latent cell an object covers: objects float32 [B, P, 2] of clips whose
+    latents are [B, T, h, w] = size -> float32 [B, *size] in 0..1, a disc for any shape.
+    """
+    t, h, w = size
+    y, x = ((np.arange(n) + 0.5) * SIZE / n for n in (h, w))
+    away = np.hypot(x[None, :] - objects[..., :1, None], y[:, None] - objects[..., 1:, None])
+    cell = SIZE / max(h, w)
+    near = np.nan_to_num(np.clip((RADIUS + cell / 2 - away) / cell, 0, 1))
+    groups = near[:, 1:].reshape(len(near), t - 1, -1, h, w).mean(2)
+    return np.concatenate([near[:, :1], groups], axis=1).astype(np.float32)
+
+
+def render(index: int, clips: int, **kwargs) -> Rendered:
+    """The first `clips` clips of video `index`.
 
     Clip i holds frames CLIP_STRIDE·i to CLIP_STRIDE·i + 16; its first GIVEN frames are the last of
     the clip before.
     """
     video = Video(index, **kwargs)
     frames = video.frames(0, CLIP_STRIDE * clips + GIVEN)
-    clip = [frames[CLIP_STRIDE * i : CLIP_STRIDE * i + CLIP_FRAMES] for i in range(clips)]
-    return np.stack(clip), np.stack([prompt_ids(video, i) for i in range(clips)])
+    poses = [video.pose(f) for f in range(len(frames))]
+    objects = np.array([(p.object_x, p.object_y) for p in poses], np.float32)
+    spans = [slice(CLIP_STRIDE * i, CLIP_STRIDE * i + CLIP_FRAMES) for i in range(clips)]
+    ids = np.stack([prompt_ids(video, i) for i in range(clips)])
+    return Rendered(
+        np.stack([frames[s] for s in spans]), ids, np.stack([objects[s] for s in spans])
+    )
 
 
 class ClipStore:
@@ -53,6 +97,8 @@ class ClipStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.frames = _open(self.folder / "frames.npy", shape, np.uint8)
             self.ids = _open(self.folder / "ids.npy", (videos, clips, MAX_WORDS), np.int32)
+            places = (videos, clips, CLIP_FRAMES, 2)
+            self.objects = _open(self.folder / "objects.npy", places, np.float32)
         except OSError as e:
             raise StorageError(
                 f"cannot hold rendered clips in {self.folder}: {e.strerror or e}; choose another "
@@ -65,11 +111,15 @@ class ClipStore:
         mark = self.folder / "ready"
         return int(mark.read_text()) if mark.exists() else 0
 
+    def put(self, v: int, video: Rendered) -> None:
+        """Store a rendered video as number `v`; `fill` marks it as ready."""
+        self.frames[v], self.ids[v], self.objects[v] = video
+
     def fill(self, stop: int | None = None) -> None:
         """Render what is missing, up to `stop` videos."""
         for v in range(self.ready, self.videos if stop is None else min(stop, self.videos)):
-            self.frames[v], self.ids[v] = render(v, self.clips, **self.kwargs)
-            (self.folder / "ready").write_text(str(v + 1))
+            self.put(v, render(v, self.clips, **self.kwargs))
+            write_atomic(self.folder / "ready", str(v + 1).encode())
 
 
 def _open(path: Path, shape, dtype) -> np.ndarray:

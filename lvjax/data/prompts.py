@@ -8,6 +8,7 @@ A prompt says what the camera does over which scene, and what one object does:
 import difflib
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -87,18 +88,28 @@ class Action:
         return text
 
 
-def encode(prompt: str) -> tuple[np.ndarray, list[tuple[str, str | None]]]:
-    """Token ids [MAX_WORDS] int32 (0 = padding) and the words that are not in the vocabulary, each
-    with the nearest that is.
+class Encoded(NamedTuple):
+    """A prompt for the model.
+
+    ids: int32 [MAX_WORDS], 0 = padding.  unknown: the words that are not in the vocabulary, each
+    with the nearest that is.  cut: the words of the vocabulary behind the first MAX_WORDS.
     """
-    ids, unknown = [], []
+
+    ids: np.ndarray
+    unknown: list[tuple[str, str | None]]
+    cut: list[str]
+
+
+def encode(prompt: str) -> Encoded:
+    """Token ids of a prompt, and what the model does not get to read of it."""
+    known, unknown = [], []
     for word in re.findall(r"[^\W_]+", prompt.lower()):
-        word = ALIASES.get(word, word)
-        if word in VOCABULARY:
-            ids.append(VOCABULARY[word])
-        elif word not in FILLERS:
-            near = difflib.get_close_matches(word, [*WORDS, *ALIASES], n=1, cutoff=0.0)
-            unknown.append((word, near[0] if near else None))
-    out = np.zeros(MAX_WORDS, np.int32)
-    out[: len(ids[:MAX_WORDS])] = ids[:MAX_WORDS]
-    return out, unknown
+        own = ALIASES.get(word, word)
+        if own in VOCABULARY:
+            known.append((word, VOCABULARY[own]))
+        elif own not in FILLERS:
+            near = difflib.get_close_matches(own, [*WORDS, *ALIASES], n=1, cutoff=0.0)
+            unknown.append((own, near[0] if near else None))
+    ids = np.zeros(MAX_WORDS, np.int32)
+    ids[: len(known[:MAX_WORDS])] = [i for _, i in known[:MAX_WORDS]]
+    return Encoded(ids, unknown, [word for word, _ in known[MAX_WORDS:]])

@@ -87,7 +87,7 @@ def _deep(path) -> Image.Image | None:
                 return None
             alpha = len(frame.format.components) in (2, 4)
             values = frame.to_ndarray(format="rgba64le" if alpha else "rgb48le")
-    except (av.error.FFmpegError, ValueError):
+    except (av.error.FFmpegError, OSError, ValueError):
         return None
     return Image.fromarray(_scale16(values))
 
@@ -97,7 +97,8 @@ def _eight_bit(image: Image.Image, path, notices: list[str]) -> Image.Image:
 
     Raises: InputError for 32-bit pixels, whose white is not known.
     """
-    is_deep = ";16" in str(image.tile)  # known only before the pixels are loaded
+    # known only before the pixels are loaded, and only of an image from a file
+    is_deep = ";16" in str(getattr(image, "tile", ""))
     image.load()
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         grey = _scale16(np.asarray(image).clip(0, 65535))
@@ -143,15 +144,20 @@ def _flatten(image: Image.Image, notices: list[str]) -> Image.Image:
 def _read(path) -> tuple[np.ndarray, list[str]]:
     Image.init()
     with Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN]) as image:
-        _check_size(path, *image.size)
-        notices = _frame_notice(image)
-        profile = image.info.get("icc_profile")
-        plain = _eight_bit(image, path, notices)
-        upright = UPRIGHT.get(_orientation(image))
-        rgb = _flatten(_to_srgb(plain, profile, notices), notices)
-        if upright is not None:
-            rgb = rgb.transpose(upright)
-        return np.array(rgb), notices
+        return _convert(image, path)
+
+
+def _convert(image: Image.Image, path) -> tuple[np.ndarray, list[str]]:
+    """An open image as `read_image` gives it; path: its file, or what to call it."""
+    _check_size(path, *image.size)
+    notices = _frame_notice(image)
+    profile = image.info.get("icc_profile")
+    plain = _eight_bit(image, path, notices)
+    upright = UPRIGHT.get(_orientation(image))
+    rgb = _flatten(_to_srgb(plain, profile, notices), notices)
+    if upright is not None:
+        rgb = rgb.transpose(upright)
+    return np.array(rgb), notices
 
 
 def read_image(path) -> tuple[np.ndarray, list[str]]:
@@ -184,6 +190,43 @@ def read_image(path) -> tuple[np.ndarray, list[str]]:
         ) from e
 
 
+def as_image(image, name: str = "image") -> tuple[np.ndarray, list[str]]:
+    """A picture that is in memory, as `read_image` gives one from a file.
+
+    image: uint8 [H,W,3]; floating point [H,W,3] in [0, 1], rounded to 8 bits; or a PIL image of any
+    mode, converted as `read_image` does.  name: what the errors call it.
+    Returns: (uint8 [H,W,3], notices: one line each).
+    Raises: InputError for another type, shape or range, NaN, or a size that `read_image` refuses.
+    """
+    if isinstance(image, Image.Image):
+        try:
+            return _convert(image, getattr(image, "filename", "") or name)
+        except InputError:
+            raise
+        except UNREADABLE as e:
+            raise InputError(f"{name} cannot be decoded ({type(e).__name__}: {e})") from e
+    kinds = "uint8 [H,W,3], floating point [H,W,3] in [0, 1], or a PIL image"
+    try:
+        a = np.asarray(image)
+    except ValueError as e:  # rows of unequal length
+        raise InputError(f"{name} is no array ({e}); give {kinds}") from e
+    floating = np.issubdtype(a.dtype, np.floating) or a.dtype.name == "bfloat16"
+    if a.ndim != 3 or a.shape[-1] != 3 or not (floating or a.dtype == np.uint8):
+        what = f"{a.dtype}{list(a.shape)}" if a.ndim else f"of type {type(image).__name__}"
+        raise InputError(f"{name} is {what}; give {kinds}")
+    _check_size(name, a.shape[1], a.shape[0])
+    if not floating:
+        return a, []
+    a = a.astype(np.float64)
+    if not (a.min() >= 0 and a.max() <= 1):  # false for NaN
+        span = "not finite" if not np.isfinite(a).all() else f"from {a.min():.4g} to {a.max():.4g}"
+        raise InputError(
+            f"{name} has floating-point values that are {span}; allowed is [0, 1]: from [-1, 1] "
+            "use (x + 1) / 2, from [0, 255] x / 255"
+        )
+    return np.round(255 * a).astype(np.uint8), []
+
+
 def fit_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Scale to cover `size` (Lanczos), crop the centre.
 
@@ -196,8 +239,3 @@ def fit_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     box = (max(left, 0), max(top, 0), min(w - left, w), min(h - top, h))
     fitted = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS, box=box)
     return np.asarray(fitted, np.float32) / np.float32(127.5) - np.float32(1)
-
-
-def fit_video(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """`fit_image` of every frame: uint8 [P,H,W,3] -> float32 [P,height,width,3] in [-1, 1]."""
-    return np.stack([fit_image(frame, size) for frame in frames])

@@ -55,7 +55,7 @@ TINY = Recipe(
     videos=2,
     clips=2,
     autoencoder=(Stage("vae_image", 2, 1, _QUICK),),
-    decoder=(Stage("vae_decoder", 2, 1, _QUICK, ("decoder", "post_quant")),),
+    decoder=(Stage("vae_decoder", 2, 1, _QUICK, ("encoder", "quant")),),
     extension=(Stage("dit_memory", 2, 5, _QUICK, memory=1),),
 )
 """A stage of every kind, two steps each, at sizes that a CPU compiles and does in seconds."""
@@ -105,7 +105,7 @@ def fill(store: ClipStore, workers: int) -> None:
 def _render(task) -> None:
     (folder, videos, clips, kwargs), v = task
     store = ClipStore(folder, videos, clips, **kwargs)
-    store.frames[v], store.ids[v] = render(v, clips, **kwargs)
+    store.put(v, render(v, clips, **kwargs))
 
 
 def piece(recipe: Recipe, state: Path, out: Path, work: Path, end: float) -> dict:

@@ -27,7 +27,7 @@ import numpy as np
 from lvjax.core.checkpoint import load_arrays, restore_tree, write_atomic
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.core.params import abstract, init
-from lvjax.data.clips import CLIP_FRAMES, ClipStore
+from lvjax.data.clips import CLIP_FRAMES, ClipStore, continues, coverage
 from lvjax.data.prompts import VOCABULARY
 from lvjax.data.world import SIZE
 from lvjax.models.config import DiTConfig, VAEConfig
@@ -36,7 +36,7 @@ from lvjax.models.pocket_text import PocketTextConfig, text_spec
 from lvjax.models.vae import encode_moments, normalise, vae_spec
 from lvjax.run.bundle import Bundle, Defaults, load, save
 from lvjax.train.autoencoder import autoencoder_loss, inflate
-from lvjax.train.extension import ExtensionTask, extension_loss
+from lvjax.train.extension import ExtensionTask, extension_loss, local_start
 from lvjax.train.loop import TrainOptions, fit, init_state, load_snapshot, make_optimizer, make_step
 
 
@@ -45,15 +45,22 @@ class Stage:
     """name: its folder.  batch: clips per step.  frames: pixel frames (autoencoder) or latent
     frames (DiT) per clip.
 
-    parts: top-level parameters that move, None for all.  memory: earlier clips seen (DiT).
+    frozen: subtrees that do not move, by path.  memory: earlier clips seen (DiT).  given:
+      probability of 0, 1, 2, ... given latent frames, None for the recipe's.  first: share of the
+      batch that are first clips of a video, beyond their natural share (DiT without memory): there
+      objects come into view, and the prompt alone says which.  object_weight: by how much more the
+      error counts where an object is.
     """
 
     name: str
     batch: int
     frames: int
     options: TrainOptions
-    parts: tuple[str, ...] | None = None
+    frozen: tuple[str, ...] = ()
     memory: int = 0
+    given: tuple[float, ...] | None = None
+    first: float = 0.0
+    object_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -92,13 +99,31 @@ class Recipe:
             2,
             CLIP_FRAMES,
             TrainOptions(3000, 1e-3, 80, 0.2, ema=0.998),
-            ("decoder", "post_quant"),
+            ("encoder", "quant"),
         ),
     )
     extension: tuple[Stage, ...] = (
-        Stage("dit_short", 8, 3, TrainOptions(1000, 1.2e-3, 150, 1.0, weight_decay=0.01)),
-        Stage("dit", 8, 5, TrainOptions(2500, 1.2e-3, 100, 0.5, weight_decay=0.01)),
-        Stage("dit_memory", 8, 5, TrainOptions(2000, 5e-4, 50, 0.2, weight_decay=0.01), memory=1),
+        # one latent frame after a given one, and the text fixed: first the motion that words name
+        Stage(
+            "dit_pair",
+            12,
+            2,
+            TrainOptions(1500, 1.5e-3, 150, 1.0, weight_decay=0.01),
+            frozen=("text", "dit/text_embedding"),
+            given=(0.1, 0.9),
+        ),
+        Stage("dit_short", 12, 3, TrainOptions(1000, 1.2e-3, 100, 1.0, weight_decay=0.01)),
+        Stage("dit", 8, 5, TrainOptions(1400, 1.2e-3, 100, 1.0, weight_decay=0.01)),
+        Stage("dit_first", 8, 5, TrainOptions(2500, 1.2e-3, 50, 0.5, weight_decay=0.01), first=0.5),
+        Stage(
+            "dit_object",
+            8,
+            5,
+            TrainOptions(2200, 1e-3, 50, 0.6, weight_decay=0.01),
+            first=0.6,
+            object_weight=8.0,
+        ),
+        Stage("dit_memory", 8, 5, TrainOptions(700, 4e-4, 50, 0.2, weight_decay=0.01), memory=1),
     )
     seed: int = 0
     start: str | None = None
@@ -205,8 +230,7 @@ def _stages(stages, params, make_loss, make_batches, run: Run):
         folder, o = Path(run.folder) / stage.name, stage.options
         optimizer = make_optimizer(o)
         state = init_state(params, optimizer)
-        trainable = None if stage.parts is None else lambda name, parts=stage.parts: name in parts
-        step = make_step(make_loss(stage), optimizer, o, trainable)
+        step = make_step(make_loss(stage), optimizer, o, stage.frozen)
         report = partial(run.report, stage.name)
         if not (folder / "done").exists():
             state = fit(
@@ -293,7 +317,7 @@ def encode_store(
         out[v] = normalise(means(store.frames[v]), cfg)
         if v % 50 == 49 or v == store.videos - 1:
             out.flush()
-            mark.write_text(str(v + 1))
+            write_atomic(mark, str(v + 1).encode())
     return out, cfg
 
 
@@ -323,29 +347,32 @@ def train_extension(recipe: Recipe, run: Run, store: ClipStore, latents: np.ndar
         params = {part: begun[part] for part in params}
     else:
         params = init(params, jax.random.key(recipe.seed + 1))
-        # the prompt starts silent: loud before it means anything, it was shut out for good (all
-        # attention went to the padding rows, and softmax passed no gradient back)
-        out = params["dit"]["blocks"]["cross_attn"]["o"]
-        out["kernel"] = jnp.zeros_like(out["kernel"])
+        params["dit"] = local_start(params["dit"], recipe.dit)
 
     def loss(stage: Stage):
         layers = memory_layers(recipe.dit) if stage.memory else None
-        return extension_loss(
-            recipe.dit, recipe.text, dataclasses.replace(recipe.task, memory_layers=layers)
+        task = dataclasses.replace(
+            recipe.task,
+            memory_layers=layers,
+            given=stage.given or recipe.task.given,
+            object_weight=stage.object_weight,
         )
+        return extension_loss(recipe.dit, recipe.text, task)
 
     return _stages(
         recipe.extension,
         params,
         loss,
-        lambda stage: latent_batches(stage, latents, store.ids, recipe.task.stride),
+        lambda stage: latent_batches(stage, latents, store, recipe.task.stride),
         run,
     )
 
 
-def latent_batches(stage: Stage, latents: np.ndarray, ids: np.ndarray, stride: int):
-    """step -> {"latents", "ids"} and, with memory, clips before them; a function of the step.
+def latent_batches(stage: Stage, latents: np.ndarray, store: ClipStore, stride: int):
+    """step -> {"latents", "ids", "least", "covered"} and, with memory, clips before them; a
+    function of the step.
 
+    A clip whose prompt is new begins with frames of another one: these must be given (`least`).
     The gap to each earlier clip is its true one or, in half the batches, longer by up to 500 latent
     frames, as a rollout of minutes has it.
     """
@@ -353,30 +380,40 @@ def latent_batches(stage: Stage, latents: np.ndarray, ids: np.ndarray, stride: i
         raise InputError(
             f"{latents.shape[1]} clips per video are too few for {stage.memory} earlier ones"
         )
+    ids, objects = (np.asarray(a[: len(latents)]) for a in (store.ids, store.objects))
+    least = np.where(continues(ids), 0, latents.shape[2] - stride).astype(np.int32)
+    videos, clips = np.nonzero(least < stage.frames)
 
     def batch(n: int):
         rng = np.random.default_rng([stage.options.seed, stage.memory, n])
-        v, c = (
-            rng.integers(0, len(latents), stage.batch),
-            rng.integers(stage.memory, latents.shape[1], stage.batch),
-        )
-        out = {"latents": latents[v, c][:, : stage.frames], "ids": ids[v, c]}
-        if stage.memory:
-            gap = int(rng.integers(1, 1 + (latents.shape[1] - 1) // stage.memory))
-            back = np.arange(stage.memory, 0, -1) * gap
-            c = rng.integers(back[0], latents.shape[1], stage.batch)
-            far = int(np.exp(rng.uniform(0, np.log(500)))) if rng.random() < 0.5 else 0
-            past = c[:, None] - back[None, :]
-            out = {
-                "latents": latents[v, c],
-                "ids": ids[v, c],
-                "history": latents[v[:, None], past],
-                "history_ids": ids[v[:, None], past],
-            }
-            out["history_gap"] = np.tile((back * stride + far).astype(np.int32), (stage.batch, 1))
-        return out
+        back = _distances(rng, stage.memory, latents.shape[1])
+        allowed = np.flatnonzero(clips >= back.max(initial=0))
+        pick = allowed[rng.integers(0, len(allowed), stage.batch)]
+        v, c = videos[pick], clips[pick]
+        c = np.where(rng.random(stage.batch) < stage.first, 0, c)
+        out = {
+            "latents": latents[v, c][:, : stage.frames],
+            "ids": ids[v, c],
+            "least": least[v, c],
+            "covered": coverage(objects[v, c], latents.shape[2:5])[:, : stage.frames],
+        }
+        if not stage.memory:
+            return out
+        far = int(np.exp(rng.uniform(0, np.log(500)))) if rng.random() < 0.5 else 0
+        past = v[:, None], c[:, None] - back[None, :]
+        return out | {
+            "history": latents[past][:, :, : stage.frames],
+            "history_ids": ids[past],
+            "history_gap": np.tile((back * stride + far).astype(np.int32), (stage.batch, 1)),
+        }
 
     return batch
+
+
+def _distances(rng, memory: int, clips: int) -> np.ndarray:
+    """How many clips back the remembered ones are, equally spaced, the farthest first; int [K]."""
+    gap = int(rng.integers(1, 1 + (clips - 1) // memory)) if memory else 0
+    return np.arange(memory, 0, -1) * gap
 
 
 def main(argv: list[str] | None = None) -> int:

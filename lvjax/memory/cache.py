@@ -4,8 +4,9 @@
 `KVCache` is the saved state: keys are normalised but not rotated, so that a method may re-index
 time at will.  `Past` is the same memory opened for one clip: keys rotated, the clip's own slots
 marked.  `dit` writes the clip's keys and values into those slots at every pass and attends over
-all of them; `commit` keeps the last pass.  Which slots a clip gets and which it sees is decided
-in placement.py.
+all of them; `commit` keeps the last pass.  Every row of a batch has its own slots, sees its own
+selection, and so gets what it would get alone.  Which slots a clip gets and which it sees is
+decided in placement.py.
 """
 
 import jax
@@ -23,8 +24,9 @@ class Past:
     """Memory opened for one clip.
 
     k, v: [layers, B, S, N, D], keys rotated.
-    start: int32 [], the first token slot of the clip's own keys.
-    visible: bool [S], the slots that are attended to (the clip's own among them), or None for all.
+    start: int32 [B], the first token slot of the clip's own keys, per row.
+    visible: bool [B|1, S], the slots that are attended to (the clip's own among them), or None for
+        all.
     layers: (first, last), the half-open range of DiT layers that have memory.
     """
 
@@ -36,17 +38,15 @@ class Past:
 
     def write(self, layer, k, v) -> "Past":
         """Put rotated k, and v, [B, L, N, D], into the clip's slots of memory layer `layer`."""
-        at = (layer, 0, self.start, 0, 0)
-
-        def put(old, new):
-            return lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
-
-        return self.replace(k=put(self.k, k), v=put(self.v, v))
+        k, v = (
+            write_rows(old, new[None], layer, self.start) for old, new in ((self.k, k), (self.v, v))
+        )
+        return self.replace(k=k, v=v)
 
     def read(self, layer):
-        """Keys and values [B, S, N, D] of a memory layer, and the mask [1, 1, 1, S] or None."""
+        """Keys and values [B, S, N, D] of a memory layer, and the mask [B|1, 1, 1, S] or None."""
         k, v = (lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (self.k, self.v))
-        return k, v, None if self.visible is None else self.visible[None, None, None, :]
+        return k, v, None if self.visible is None else self.visible[:, None, None, :]
 
 
 @struct.dataclass
@@ -54,7 +54,7 @@ class KVCache:
     """Keys and values of the frames that are remembered.
 
     k, v: [layers, B, S, N, D] with S = F*h*w; k normalised, not rotated.
-    frame: int32 [F], the latent frame held by each frame slot, -1 when empty.
+    frame: int32 [B, F], the latent frame held by each frame slot of a row, -1 when empty.
     next_frame: int32 [], the first latent frame not generated yet.
     layers: (first, last), the half-open range of DiT layers that have memory.
     grid: (h, w), tokens per frame.
@@ -94,10 +94,37 @@ def init_cache(
     return KVCache(
         k=jnp.zeros(shape, dtype),
         v=jnp.zeros(shape, dtype),  # a second buffer: donated arrays must not alias
-        frame=jnp.full((frames,), -1, jnp.int32),
+        frame=jnp.full((batch, frames), -1, jnp.int32),
         next_frame=jnp.zeros((), jnp.int32),
         layers=layers,
         grid=tuple(grid),
+    )
+
+
+def write_rows(old, new, layer, start):
+    """`old` [layers, B, S, N, D] with `new` [M, B, L, N, D] in its place, from `layer` on and, in
+    row b, from token slot `start`[b] on.
+
+    One scatter with a batch axis: in place where `old` is donated or carried, and without traffic
+    between devices that hold different rows.
+    """
+    at = jnp.stack([jnp.broadcast_to(jnp.asarray(layer, start.dtype), start.shape), start], -1)
+    where = lax.ScatterDimensionNumbers(
+        update_window_dims=(0, 2, 3, 4),
+        inserted_window_dims=(),
+        scatter_dims_to_operand_dims=(0, 2),
+        operand_batching_dims=(1,),
+        scatter_indices_batching_dims=(0,),
+    )
+    clip = lax.GatherScatterMode.CLIP
+    return lax.scatter(
+        old,
+        at,
+        new.astype(old.dtype),
+        where,
+        unique_indices=True,
+        indices_are_sorted=True,
+        mode=clip,
     )
 
 
@@ -110,14 +137,17 @@ def rotated(cache: KVCache, rotation_fn):
 def open_past(cache: KVCache, rotation_fn, start_frame_slot, visible=None) -> Past:
     """Open the cache for a clip that occupies the frame slots from `start_frame_slot` on.
 
-    rotation_fn: frame int32 [F] -> (cos, sin) [S, 1|N, D/2], the phases at which this clip sees
-        the remembered frames.
-    visible: bool [F], the frame slots attended to, the clip's own included; None for all.
+    rotation_fn: frame int32 [B, F] -> (cos, sin) [B, S, 1|N, D/2], the phases at which this clip
+        sees the remembered frames.
+    start_frame_slot: int32 [B], or [] for all rows.
+    visible: bool [B|1, F], the frame slots attended to, the clip's own included; None for all.
+    Raises: InputError when visible has another shape.
     """
+    batch, slots = cache.frame.shape
     if visible is not None:
-        expect(visible, "F", "visible", F=cache.frame.shape[0])
-        visible = jnp.repeat(visible, cache.frame_tokens)
-    start = jnp.asarray(start_frame_slot, jnp.int32) * cache.frame_tokens
+        expect(visible, "B F", "visible", B=batch if visible.shape[0] > 1 else 1, F=slots)
+        visible = jnp.repeat(visible, cache.frame_tokens, axis=-1)
+    start = _per_row(start_frame_slot, batch) * cache.frame_tokens
     return Past(
         k=rotated(cache, rotation_fn), v=cache.v, start=start, visible=visible, layers=cache.layers
     )
@@ -126,19 +156,25 @@ def open_past(cache: KVCache, rotation_fn, start_frame_slot, visible=None) -> Pa
 def commit(cache: KVCache, past: Past, keys, start_frame_slot, frames) -> KVCache:
     """Keep a clip: its un-rotated keys [layers, B, L, N, D], and the values in its slots of `past`.
 
+    start_frame_slot: as in `open_past`.
     frames: int32 [T], the latent frames of the clip, in order; next_frame follows the last of them.
     Raises: InputError when keys and frames disagree.
     """
-    start = jnp.asarray(start_frame_slot, jnp.int32)
+    start = _per_row(start_frame_slot, cache.frame.shape[0])
     frames = jnp.asarray(frames, jnp.int32)
     tokens, per_frame = keys.shape[2], cache.frame_tokens
     if tokens != frames.shape[0] * per_frame:
         given = f"keys of {tokens} tokens for {frames.shape[0]} frames"
         raise InputError(f"{given}; a frame of this cache has {per_frame} tokens")
-    at = (0, 0, start * per_frame, 0, 0)
+    mark = jax.vmap(lambda row, at: lax.dynamic_update_slice(row, frames, (at,)))
     return cache.replace(
-        k=lax.dynamic_update_slice(cache.k, keys.astype(cache.k.dtype), at),
+        k=write_rows(cache.k, keys, 0, start * per_frame),
         v=past.v,
-        frame=lax.dynamic_update_slice(cache.frame, frames, (start,)),
+        frame=mark(cache.frame, start),
         next_frame=frames[-1] + 1,
     )
+
+
+def _per_row(slot, batch: int):
+    """int32 [B] of a slot per row, or of one for all."""
+    return jnp.broadcast_to(jnp.asarray(slot, jnp.int32), (batch,))

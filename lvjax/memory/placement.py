@@ -5,17 +5,18 @@ A bank is a `KVCache` whose frame slots are divided into `capacity` clip slots. 
 while it is made, so it needs a slot first; what it sees is chosen among the clips that remain.  All
 of this is small NumPy on the host; the device gets an integer and `capacity` booleans per clip.
 
-`plan_bank` places a timeline that is known: it never evicts a clip that a later one wants while
-another can go.  `next_slot` places clip by clip, for a timeline that is decided as it plays; its
-state has constant size.  Both select by the same rule. While nothing has to be evicted both give
-the same plan.  When something has to, a plan looks ahead: changing a later prompt can move earlier
-clips to other slots.  `next_slot` never does, since it sees only the past.
+`next_slot` places clip by clip and sees only the past: a later prompt never changes what an earlier
+clip remembers, and its state has constant size.  `plan_bank` places a timeline that is known: it
+never evicts a clip that a later one wants while another can go.  Both select by the same rule, and
+while nothing has to be evicted both give the same plan.  When something has to, a plan looks ahead:
+changing a later prompt can change the slots and the memory of earlier clips.
+`place_rows` and `plan_rows` do the same for a batch: every row has the bank that it has alone.
 Source of the selection: "Towards Error-Free Long Video Generation", arXiv:2606.22370, section on
 inter-clip causal attention (the eviction rules are ours; the paper keeps every clip on the host).
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -164,6 +165,29 @@ def plan_bank(
         np.array([p.visible for p in placements], bool).reshape(len(placements), capacity),
         [p.selected for p in placements],
     )
+
+
+def place_rows(
+    banks: Iterable[BankState], embeddings: Iterable
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Place the clips of a batch as they come, each row in its own bank by `next_slot`.
+
+    banks: one per row.  embeddings: per clip [B, E], taken one at a time.
+    Yields (slot int32 [B], visible bool [B, capacity]) per clip, before it asks for the next.
+    """
+    banks = list(banks)
+    for rows in embeddings:
+        placed = [next_slot(bank, e) for bank, e in zip(banks, rows, strict=True)]
+        banks = [bank for bank, _ in placed]
+        slots = np.array([p.slot for _, p in placed], np.int32)
+        yield slots, np.stack([p.visible for _, p in placed])
+
+
+def plan_rows(embeddings: Iterable, capacity: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """As `place_rows`, with `plan_bank`: all embeddings are taken first."""
+    plans = [plan_bank(e, capacity) for e in np.stack(list(embeddings), axis=1)]
+    for i in range(len(plans[0].slot)):
+        yield np.array([p.slot[i] for p in plans]), np.stack([p.visible[i] for p in plans])
 
 
 def _unit(embedding, width: int) -> np.ndarray:

@@ -56,8 +56,9 @@ def error_free(
 
     weights: {"dit": parameters, "vae": parameters}.
     init(condition [B,T,h,w,4+z], keys [B]): see `first_condition`; one typed key per row.
-    step: a `Clip` whose context is `embed_context` of [prompts; negative prompts], slot and visible
-    from `memory.placement`; returns (state, (latents [B,T,h,w,z], frames [B,P,H,W,3])).
+    step: a `Clip` whose context is `embed_context` of [prompts; negative prompts], slot [B] and
+    visible [B, capacity] from `memory.placement`; returns (state, (latents [B,T,h,w,z], frames
+    [B,P,H,W,3])).
     Raises: InputError when the model takes no such condition, or a setting is unknown.
     """
     settings = ErrorFree() if settings is None else settings

@@ -2,14 +2,16 @@
 """The pocket model's text encoder: word and position embeddings and one transformer block over at
 most 16 words.
 
-It stands where UMT5 stands in Wan: rows of padding leave it as exact zeros, and the DiT attends to
-  them.
+It stands where UMT5 stands in Wan, but for the padding, which is a word like any other here and
+leaves the encoder as rows that know the prompt.  Rows of zeros, which a pretrained Wan expects, are
+a trap for a model trained from nothing: before the words mean anything, the attention of every
+layer flees to the one thing that is always the same, and through rows of zeros no gradient leads
+back.
 """
 
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 from einops import rearrange
 
 from lvjax.core.params import Param, Spec
@@ -51,17 +53,13 @@ def text_spec(cfg: PocketTextConfig) -> Spec:
 
 
 def encode_text(params, ids, cfg: PocketTextConfig):
-    """ids int32 [B, M] (0 = padding) -> text float32 [B, M, dim]; padding rows are zero, a prompt
-    without words is all zeros.
-    """
+    """ids int32 [B, M] (0 = padding; all 0 is the null prompt) -> text float32 [B, M, dim]."""
     expect(ids, "B M", "ids", M=cfg.length)
-    real = ids > 0
     x = params["word"][ids] + params["position"][None]
     qkv = linear(params["qkv"], layer_norm(x, cfg.eps, params["norm1"]))
     q, k, v = rearrange(qkv, "b m (s n d) -> s b m n d", s=3, n=cfg.num_heads)
-    see = (real | ~real.any(-1, keepdims=True))[:, None, None, :]
-    x = x + linear(params["out"], rearrange(attend(q, k, v, mask=see), "b m n d -> b m (n d)"))
+    x = x + linear(params["out"], rearrange(attend(q, k, v), "b m n d -> b m (n d)"))
     x = x + linear(
         params["fc2"], jax.nn.gelu(linear(params["fc1"], layer_norm(x, cfg.eps, params["norm2"])))
     )
-    return jnp.where(real[..., None], layer_norm(x, cfg.eps, params["norm"]), 0.0)
+    return layer_norm(x, cfg.eps, params["norm"])

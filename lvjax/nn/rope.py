@@ -40,50 +40,53 @@ def turns(head_dim: int, theta=10000.0) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def table(position, turns):
-    """cos, sin float32 [L, P] of position int32 [L] times turns uint32 [P]."""
+    """cos, sin float32 [..., P] of position int32 [...] times turns uint32 [P]."""
     steps = lax.bitcast_convert_type(jnp.asarray(position, jnp.int32), jnp.uint32)
-    phase = steps[:, None] * jnp.asarray(turns, jnp.uint32)[None, :]
+    turns = jnp.asarray(turns, jnp.uint32)
+    phase = steps[..., None] * turns.reshape((1,) * steps.ndim + turns.shape)
     angle = lax.bitcast_convert_type(phase, jnp.int32).astype(jnp.float32) * (2 * np.pi / TURN)
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def _grid(frames, h: int, w: int, axis_turns):
-    """cos, sin [T*h*w, D/2] of one head."""
+    """cos, sin [..., T*h*w, D/2] of one head."""
     positions = frames, jnp.arange(h), jnp.arange(w)
     tables = [table(p, a) for p, a in zip(positions, axis_turns, strict=True)]
-    size = (len(frames), h, w)
+    size = (*frames.shape, h, w)
 
     def spread(parts):
         t, r, c = parts
-        parts = t[:, None, None, :], r[None, :, None, :], c[None, None, :, :]
+        parts = t[..., None, None, :], r[:, None, :], c[None, :, :]
         full = jnp.concatenate([jnp.broadcast_to(p, (*size, p.shape[-1])) for p in parts], -1)
-        return rearrange(full, "t h w p -> (t h w) p")
+        return rearrange(full, "... t h w p -> ... (t h w) p")
 
     return spread([cos for cos, _ in tables]), spread([sin for _, sin in tables])
 
 
 def grid_table(frames, h: int, w: int, head_dim: int, theta: float = 10000.0):
-    """(cos, sin) float32 [T*h*w, 1, D/2] of an h x w token grid at latent frames int32 [T].
+    """(cos, sin) float32 [..., T*h*w, 1, D/2] of an h x w token grid at latent frames int32
+    [..., T].
 
-    Frames may have any values in any order.
+    Frames may have any values in any order; a leading axis B gives every row of a batch its own.
     """
     cos, sin = _grid(jnp.asarray(frames, jnp.int32), h, w, turns(head_dim, theta))
-    return cos[:, None], sin[:, None]
+    return cos[..., None, :], sin[..., None, :]
 
 
 def head_tables(frames, h: int, w: int, turns_per_head):
-    """`grid_table` with a head axis, (cos, sin) float32 [T*h*w, N, D/2].
+    """`grid_table` with a head axis, (cos, sin) float32 [..., T*h*w, N, D/2].
 
     turns_per_head: three uint32 arrays [N, pairs], as `turns` gives for theta [N].
     """
     frames = jnp.asarray(frames, jnp.int32)
     heads = tuple(jnp.asarray(a, jnp.uint32) for a in turns_per_head)
-    return jax.vmap(lambda a: _grid(frames, h, w, a), out_axes=1)(heads)
+    return jax.vmap(lambda a: _grid(frames, h, w, a), out_axes=-2)(heads)
 
 
 def rotate(x, rotation):
-    """Turn the pairs of x [B, L, N, D] by (cos, sin) [L, 1|N, D/2], in float32; x's dtype out."""
-    cos, sin = (part[None] for part in rotation)
+    """Turn the pairs of x [B, L, N, D] by (cos, sin), each [L, 1|N, D/2] or with a leading axis
+    1|B, in float32; x's dtype out."""
+    cos, sin = (part.reshape(-1, *part.shape[-3:]) for part in rotation)
     pairs = rearrange(x.astype(jnp.float32), "b l n (p two) -> b l n p two", two=2)
     even, odd = pairs[..., 0], pairs[..., 1]
     out = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)

@@ -33,8 +33,8 @@ POSITIONS: dict[str, Callable] = {
     "absolute": lambda frames, next_frame: frames,
     "relative": lambda frames, next_frame: frames - next_frame,
 }
-"""(latent frames int32 [F], first frame of the clip) -> frames to rotate by.  "relative" is exact
-at any length."""
+"""(latent frames int32 [..., F], first frame of the clip) -> frames to rotate by.  "relative" is
+exact at any length."""
 
 
 @struct.dataclass
@@ -56,8 +56,8 @@ class ClipState:
 
 @struct.dataclass
 class Clip:
-    """What a clip is given: context (any pytree of the model, batch Bm), slot int32 [], visible
-    bool [capacity]."""
+    """What a clip is given: context (any pytree of the model, batch Bm), slot int32 [B] in the bank
+    and visible bool [B, capacity], both per row; without B they hold for all rows."""
 
     context: Any
     slot: jax.Array
@@ -70,7 +70,7 @@ class ClipModel(NamedTuple):
 
     denoise: (x [Bm,T,h,w,z], timestep float32 [Bm], context, condition [Bm,T,h,w,4+z], rotation,
     past) -> (velocity float32, past, keys).
-    rotation: (frames int32 [F], grid (h, w) in tokens) -> (cos, sin) [F*h*w, 1|N, D/2].
+    rotation: (frames int32 [..., F], grid (h, w) in tokens) -> (cos, sin) [..., F*h*w, 1|N, D/2].
     encode: frames [B,1+4m,H,W,3] -> latents [B,1+m,h,w,z].
     decode: latents [B,T,h,w,z] -> frames [B,1+4(T-1),H,W,3] in [-1,1].
     """
@@ -185,7 +185,7 @@ def shard_state(state: ClipState, mesh) -> ClipState:
         cache=cache.replace(
             k=put(cache.k, None, "batch"),
             v=put(cache.v, None, "batch"),
-            frame=put(cache.frame),
+            frame=put(cache.frame, "batch"),
             next_frame=put(cache.next_frame),
         ),
         condition=put(state.condition, "batch"),
@@ -215,9 +215,9 @@ def _init(cache: KVCache, condition, keys, knobs: Knobs) -> ClipState:
         raise InputError(
             f"overlap={knobs.overlap} latent frames; it must be from 1 to {t - 1}, inside the clip"
         )
-    if cache.k.shape[1] != batch or cache.frame.shape[0] % t:
+    if cache.k.shape[1] != batch or cache.frame.shape[1] % t:
         raise InputError(
-            f"bank of batch {cache.k.shape[1]} and {cache.frame.shape[0]} frame slots; "
+            f"bank of batch {cache.k.shape[1]} and {cache.frame.shape[1]} frame slots; "
             f"this method needs batch {batch} and a multiple of {t} frame slots"
         )
     if keys.shape != (b,):
@@ -228,15 +228,18 @@ def _init(cache: KVCache, condition, keys, knobs: Knobs) -> ClipState:
 
 
 def _step(model: ClipModel, state: ClipState, clip: Clip, *, sampler: Callable, knobs: Knobs):
-    given, t = state.condition, state.condition.shape[1]
+    given, (b, t) = state.condition, state.condition.shape[:2]
     size = (*given.shape[:4], given.shape[4] - MASK)
     frames = state.next_frame + jnp.arange(t, dtype=jnp.int32)
-    start = clip.slot * t
+    start = jnp.broadcast_to(clip.slot, (b,)) * t
+    visible = jnp.repeat(clip.visible, t, axis=-1)
+    visible = jnp.broadcast_to(visible, (b, visible.shape[-1]))
+    passes = (lambda a: a) if knobs.guidance is None else doubled
+    many, start, visible = passes((given, start, visible))
 
     def rotation(frames):
         return model.rotation(knobs.positions(frames, state.next_frame), state.cache.grid)
 
-    many = given if knobs.guidance is None else doubled(given)
     turn = rotation(frames)
 
     def velocity(x, sigma, timestep, past):
@@ -245,12 +248,12 @@ def _step(model: ClipModel, state: ClipState, clip: Clip, *, sampler: Callable, 
         return v, past
 
     with jax.named_scope("sample"):
-        past = open_past(state.cache, rotation, start, jnp.repeat(clip.visible, t))
+        past = open_past(state.cache, rotation, start, visible)
         noise = clip_noise(state.key, state.clip, size)
         latents, past = sampler(guided(velocity, knobs.guidance), noise, aux=past)
         latents = pin(latents, given)
     with jax.named_scope("remember"):
-        clean = latents if knobs.guidance is None else doubled(latents)
+        clean = passes(latents)
         zero = jnp.zeros(clean.shape[:1], jnp.float32)
         _, past, keys = model.denoise(clean, zero, clip.context, many, turn, past)
         cache = commit(state.cache, past, keys, start, frames)

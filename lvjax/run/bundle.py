@@ -9,6 +9,7 @@ A folder holds `model.json` (sizes, defaults, vocabulary name) and one safetenso
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -19,14 +20,54 @@ import jax.numpy as jnp
 import numpy as np
 
 from lvjax.core.checkpoint import load_arrays, save_arrays, write_atomic
-from lvjax.core.errors import CheckpointError
+from lvjax.core.errors import CheckpointError, InputError
 from lvjax.core.params import abstract, flatten, unflatten
+from lvjax.flow.solvers import SOLVERS
 from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.dit import dit_spec
 from lvjax.models.pocket_text import PocketTextConfig, text_spec
 from lvjax.models.vae import vae_spec
+from lvjax.rollout.clipwise import POSITIONS
 
 PARTS = ("dit", "vae", "text")
+
+
+def _whole(x, low: int = 1, high: float = math.inf) -> bool:
+    return type(x) is int and low <= x <= high
+
+
+def _real(x, low: float, high: float) -> bool:
+    return type(x) in (int, float) and low <= x <= high
+
+
+def _pair(x, test) -> bool:
+    return isinstance(x, (tuple, list)) and len(x) == 2 and all(map(test, x))
+
+
+ALLOWED = {
+    "fps": (lambda x: _whole(x, 1, 240), "a whole number from 1 to 240"),
+    "size": (lambda x: _pair(x, _whole), "(height, width) in pixels, for example (64, 64)"),
+    "clip_latents": (lambda x: _whole(x, 2), "a whole number from 2"),
+    "overlap": (_whole, "a whole number from 1"),
+    "steps": (lambda x: _whole(x, 1, 1000), "a whole number from 1 to 1000"),
+    "shift": (lambda x: _real(x, 1e-3, 1e3), "a number from 0.001 to 1000, for example 3.0"),
+    "solver": (lambda x: x in tuple(SOLVERS), f"one of {', '.join(SOLVERS)}"),
+    "guidance": (lambda x: _real(x, 0, 100), "a number from 0 to 100; 1 is none"),
+    "window": (
+        lambda x: _pair(x, lambda y: _real(y, 0, 1)) and x[0] < x[1],
+        "(low, high) with 0 <= low < high <= 1, for example (0.3, 0.7)",
+    ),
+    "positions": (lambda x: x in tuple(POSITIONS), f"one of {', '.join(POSITIONS)}"),
+    "fill": (lambda x: x in ("latent", "pixel"), "latent or pixel"),
+    "capacity": (_whole, "a whole number from 1"),
+    "layers": (
+        lambda x: x is None or (_pair(x, lambda y: _whole(y, 0)) and x[0] < x[1]),
+        "None or (first, last) with 0 <= first < last",
+    ),
+    "upscale": (lambda x: _whole(x, 1, 64), "a whole number from 1 to 64"),
+    "lookahead": (lambda x: type(x) is bool, "True or False"),
+}
+"""What each field of `Defaults` may be: a test, and the same in words."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +79,9 @@ class Defaults:
     steps, shift, solver, guidance, window: the sampler.  upscale: whole-number enlargement of what
       is shown.
     positions, fill, capacity: see `methods.error_free`.
+    lookahead: choose what the bank keeps by the whole timeline.  A later prompt can then change
+      what earlier clips remember, and so their pictures (never their prompts).
+    Raises: InputError naming the field, what was given and what is allowed.
     """
 
     fps: int = 8
@@ -54,6 +98,17 @@ class Defaults:
     capacity: int = 6
     layers: tuple[int, int] | None = None
     upscale: int = 6
+    lookahead: bool = False
+
+    def __post_init__(self):
+        for name, (test, words) in ALLOWED.items():
+            if not test(value := getattr(self, name)):
+                raise InputError(f"defaults.{name} is {value!r}; give {words}")
+        if self.overlap >= self.clip_latents:
+            raise InputError(
+                f"defaults.overlap is {self.overlap}, clip_latents {self.clip_latents}; give an "
+                f"overlap from 1 to {self.clip_latents - 1}, or longer clips"
+            )
 
 
 @dataclass(frozen=True)
@@ -75,13 +130,18 @@ def specs(dit: DiTConfig, vae: VAEConfig, text: PocketTextConfig) -> dict:
 
 
 def _config(cls, values: dict, path):
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: {cls.__name__} is {values!r}; restore the file")
     names = {f.name for f in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - names):
         raise CheckpointError(
             f"{path}: {cls.__name__} has no field {unknown[0]!r}; the model needs another "
             "version of lvjax"
         )
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    try:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except (InputError, TypeError) as e:
+        raise CheckpointError(f"{path}: {e}; restore the file") from e
 
 
 def load(name: str | Path = "pocket") -> Bundle:

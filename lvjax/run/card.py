@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The run card: everything needed to make the same video again, as JSON inside the file and beside
-it.
+it, in `<video>.json`: out.mp4 has out.mp4.json.
 """
 
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import jax
 
 import lvjax
 from lvjax.core.checkpoint import write_atomic
-from lvjax.core.errors import CheckpointError
+from lvjax.core.errors import CheckpointError, InputError
 
-FORMAT = "lvjax-card/1"
+FAMILY = "lvjax-card/"
+FORMAT = FAMILY + "1"
 
 
 def make_card(
@@ -40,11 +42,38 @@ def make_card(
     }
 
 
+def model_place(model: str | None) -> str:
+    """A model as a card names it: "pocket", or the absolute path of its folder."""
+    return "pocket" if model in (None, "pocket") else str(Path(model).resolve())
+
+
 def card_path(output) -> Path:
-    return Path(output).with_suffix(".json")
+    """Where the card of the run that writes `output` lies; of a batch, all videos share it."""
+    return Path(f"{output}.json")
+
+
+def check_place(output) -> None:
+    """Raises: InputError when what lies at `card_path` is not a card, so that it is never lost."""
+    path = card_path(output)
+    if not os.path.lexists(path):
+        return
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8"))["format"]
+    except (OSError, ValueError, TypeError, KeyError):
+        kind = None
+    if not (isinstance(kind, str) and kind.startswith(FAMILY)):
+        raise InputError(
+            f"{path} is in the place of the run card and is none; move it away or choose another "
+            "--out"
+        )
 
 
 def write_card(output, card: dict[str, Any]) -> None:
+    """Write the card beside `output`, in place of an older card.
+
+    Raises: InputError when another file is there; StorageError.
+    """
+    check_place(output)
     text = json.dumps(card, indent=1, ensure_ascii=False)
     try:
         data = text.encode()
@@ -62,15 +91,18 @@ def read_json(path) -> Any:
 
 
 def check_card(card: Any, source) -> dict[str, Any]:
-    """Raises: CheckpointError when `card` is not a run card of this format."""
-    if (
-        not isinstance(card, dict)
-        or card.get("format") != FORMAT
-        or not isinstance(card.get("options"), dict)
-    ):
+    """Raises: CheckpointError when `card` is not a run card of this format, or lacks a part."""
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise CheckpointError(
             f"{source} holds no lvjax run card; give a video that `lvjax generate` wrote"
         )
+    for part in ("options", "weights", "inputs", "versions"):
+        if not isinstance(card.get(part), dict):
+            found = "no" if part not in card else "an unreadable"
+            raise CheckpointError(
+                f"the run card of {source} has {found} {part!r}; give a video that `lvjax "
+                "generate` wrote"
+            )
     return card
 
 

@@ -22,8 +22,18 @@ from lvjax.core.errors import CheckpointError, InputError
 from lvjax.io.video import FragmentedWriter
 from lvjax.run import card as cards
 from lvjax.run.bundle import Bundle, Defaults
-from lvjax.run.session import Request, open_session
+from lvjax.run.session import ClipResult, Request, Session, check_request, open_session
 from lvjax.run.state import chain, load_meta, load_state, save_state, state_path
+
+PLAIN = {
+    "frames": int,
+    "negative": str,
+    "steps": int | None,
+    "guidance": int | float | None,
+    "seed": int,
+    "method": str,
+}
+"""Fields of a request that a card holds as they are, and their types."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +59,10 @@ def outputs(output, rows: int) -> list[Path]:
 
 def options_of(request: Request, bundle: Bundle, model: str) -> dict[str, Any]:
     """A request as the JSON-able options of a card; the start frames become PNGs."""
-    options = {
-        k: getattr(request, k)
-        for k in ("frames", "negative", "steps", "guidance", "seed", "method")
-    }
+    options = {k: getattr(request, k) for k in PLAIN}
     options["timelines"] = [[list(moment) for moment in row] for row in request.timelines]
     options["size"] = list(request.size or bundle.defaults.size)
-    options["start"] = (
-        None
-        if request.start is None
-        else [_png(f) for f in np.atleast_1d(request.start).reshape(-1, *options["size"], 3)]
-    )
+    options["start"] = None if request.start is None else _pngs(np.asarray(request.start))
     return options | {"model": model, "defaults": dataclasses.asdict(bundle.defaults)}
 
 
@@ -70,33 +73,83 @@ def request_of(options: dict[str, Any]) -> Request:
     """
     try:
         rows = tuple(tuple((float(t), str(p)) for t, p in row) for row in options["timelines"])
-        start = (
-            None if options["start"] is None else np.stack([_unpng(x) for x in options["start"]])
-        )
-        plain = {
-            k: options[k] for k in ("frames", "negative", "steps", "guidance", "seed", "method")
-        }
-        return Request(rows, size=tuple(options["size"]), start=start, **plain)
-    except (KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(
-            f"the run card is of another version of lvjax ({type(e).__name__}: {e})"
-        ) from e
+        start = None if options["start"] is None else _unpngs(options["start"])
+        plain = {k: options[k] for k in PLAIN}
+        if wrong := [k for k in PLAIN if not isinstance(plain[k], PLAIN[k])]:
+            raise TypeError(f"{wrong[0]} is {plain[wrong[0]]!r}")
+        height, width = map(int, options["size"])
+        return Request(rows, size=(height, width), start=start, **plain)
+    except (KeyError, TypeError, ValueError, OSError) as e:
+        raise _of_another_version(e) from e
 
 
 def defaults_of(options: dict[str, Any]) -> Defaults:
+    """The defaults that `options_of` wrote; fields added since then have their default.
+
+    Raises: CheckpointError when there are none, or not of this version.
+    """
     names = {f.name for f in dataclasses.fields(Defaults)}
-    return Defaults(
-        **{
-            k: tuple(v) if isinstance(v, list) else v
-            for k, v in options["defaults"].items()
-            if k in names
-        }
+    try:
+        given = {k: v for k, v in options["defaults"].items() if k in names}
+        return Defaults(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    except (KeyError, TypeError, AttributeError, InputError) as e:
+        raise _of_another_version(e) from e
+
+
+def _of_another_version(e: Exception) -> CheckpointError:
+    what = f"no {e}" if isinstance(e, KeyError) else f"{type(e).__name__}: {e}"
+    return CheckpointError(
+        f"the run card is of another version of lvjax ({what}); start again with the settings "
+        "written out"
     )
 
 
 def with_defaults(bundle: Bundle, card: dict[str, Any]) -> Bundle:
-    """The bundle with the defaults that a card was made with."""
-    return dataclasses.replace(bundle, defaults=defaults_of(card["options"]))
+    """The bundle with the defaults that a card was made with.
+
+    Raises: CheckpointError when the card has none.
+    """
+    return dataclasses.replace(bundle, defaults=defaults_of(_options(card)))
+
+
+def _options(card: dict[str, Any]) -> dict[str, Any]:
+    """The options of a card, whatever was given as one."""
+    return cards.check_card(card, "the card")["options"]
+
+
+def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Check that a run resumed with the settings of card `now` is the run of card `saved`.
+
+    Compared is what will be used: a setting left out counts as the default that it stands for.
+    Raises: InputError naming what differs and what to do; CheckpointError for a card that lacks
+    settings.
+    """
+    old, new = (_settings(_options(card)) for card in (saved, now))
+    changed = [_change(k, old[k], new[k]) for k in old if old[k] != new[k]]
+    if changed:
+        raise InputError(
+            f"the unfinished run has other settings: {'; '.join(changed)}; resume with the same "
+            "settings or with --out alone, or start again with --overwrite or another --out"
+        )
+
+
+def _settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Everything that makes the video, by the name to show, in a form that compares."""
+    request = request_of(options)
+    defaults = dataclasses.asdict(defaults_of(options))
+    sampler = {k: defaults.pop(k) for k in ("steps", "guidance")}
+    del defaults["size"]  # a card has the size used
+    settings = {"prompts": request.timelines, "start frames": options["start"]}
+    settings |= {k: getattr(request, k) for k in ("size", *PLAIN)}
+    settings |= {k: sampler[k] for k in sampler if settings[k] is None}
+    return settings | {f"defaults.{k}": v for k, v in defaults.items()}
+
+
+def _change(name: str, old, new) -> str:
+    was, now = (v if len(v := repr(x)) <= 60 else f"{v[:57]}..." for x in (old, new))
+    if name == "start frames" or was == now:  # too long to show
+        return f"{name} differ"
+    return f"{name} was {was}, is {now}"
 
 
 def _png(frame: np.ndarray) -> str:
@@ -108,6 +161,15 @@ def _png(frame: np.ndarray) -> str:
     return base64.b64encode(out.getvalue()).decode()
 
 
+def _pngs(frames: np.ndarray) -> list:
+    """[H, W, 3] or [P, H, W, 3] as a list of PNGs, [B, P, H, W, 3] as a list of lists."""
+    return [_pngs(f) if f.ndim == 4 else _png(f) for f in frames[(None,) * (4 - frames.ndim)]]
+
+
+def _unpngs(pngs: list) -> np.ndarray:
+    return np.stack([_unpng(p) if isinstance(p, str) else _unpngs(p) for p in pngs])
+
+
 def _unpng(text: str) -> np.ndarray:
     from PIL import Image
 
@@ -115,21 +177,26 @@ def _unpng(text: str) -> np.ndarray:
 
 
 def start(bundle: Bundle, request: Request, output, card: dict[str, Any]) -> tuple[str, ...]:
-    """Create the state of a run that has made nothing yet; `proceed` makes the videos.
+    """Create the files of a run that has made nothing yet; `proceed` makes the videos.
 
-    From here on the run can be resumed.  Returns what the user should know about the request.
+    From here on the run can be resumed: its first state follows from the card, so none is saved.
+    Returns what the user should know about the request.
+    Raises: InputError with the nearest legal values; StorageError.
     """
-    session = open_session(bundle, request)
+    notices = check_request(bundle, request)
     offsets = [None] * len(request.timelines)
     meta = {"card": card, "clip": 0, "frame": 0, "digest": "", "offsets": offsets}
-    save_state(state_path(output), session.state, meta)
+    save_state(state_path(output), {}, meta)
     cards.write_card(output, card)
-    return session.notices
+    return notices
 
 
 def frames_done(output) -> int:
-    """Frames that an unfinished run has made."""
-    return load_meta(state_path(output))["frame"]
+    """Frames that an unfinished run has made.
+
+    Raises: CheckpointError when the state beside `output` is not that of such a run.
+    """
+    return _meta(output)["frame"]
 
 
 def is_complete(output) -> bool:
@@ -138,7 +205,7 @@ def is_complete(output) -> bool:
     if state_path(output).exists() or not path.is_file():
         return False
     card = cards.check_card(cards.read_json(path), path)
-    videos = outputs(output, len(card["options"].get("timelines", [None])))
+    videos = outputs(output, len(request_of(card["options"]).timelines))
     return "latents" in card and all(p.exists() for p in videos)
 
 
@@ -152,42 +219,46 @@ def _writer(path, bundle: Bundle, request: Request, card, at) -> FragmentedWrite
 
 def saved_card(output) -> dict[str, Any] | None:
     """The card in the saved state of an unfinished run, or None when there is no state."""
+    return _meta(output)["card"] if state_path(output).exists() else None
+
+
+def _meta(output) -> dict[str, Any]:
+    """The meta of a saved state.
+
+    Raises: CheckpointError when the file is damaged, or is not of a generate run.
+    """
     path = state_path(output)
-    if not path.exists():
-        return None
     meta = load_meta(path)
-    if "card" not in meta:
+    if not {"card", "clip", "frame", "digest", "offsets"} <= meta.keys():
         raise CheckpointError(
             f"{path} is not the state of a generate run; remove it to start again"
         )
-    return cards.check_card(meta["card"], path)
+    cards.check_card(meta["card"], path)
+    return meta
 
 
-def proceed(
-    bundle: Bundle,
-    output,
-    stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Progress]:
+def proceed(bundle: Bundle, output, stop: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
     """Make the remaining clips of the run whose state is beside `output`; one `Progress` per clip.
 
     stop: asked after each clip; the state is saved by then.
     The state file goes when the last clip is written.
     Raises: CheckpointError, StorageError, NonFiniteError; the clips before stay.
     """
-    card = saved_card(output)
-    if card is None:
+    if not state_path(output).exists():
         raise InputError(f"there is no unfinished run beside {output}; start one without --resume")
+    meta = _meta(output)
+    card = meta["card"]
     bundle = with_defaults(bundle, card)
     request = request_of(card["options"])
     session = open_session(bundle, request)
-    state, meta = load_state(state_path(output), session.state)
+    clips = _remaining(session, output, meta["clip"])
     paths = outputs(output, len(request.timelines))
     with ExitStack() as files:
         writers = [
             files.enter_context(_writer(p, bundle, request, card | {"row": i}, at))
             for i, (p, at) in enumerate(zip(paths, meta["offsets"], strict=True))
         ]
-        for result in session.run(state, meta["clip"]):
+        for result in clips:
             meta["offsets"] = [
                 w.write_clip(enlarge(result.frames[i], bundle.defaults.upscale))
                 for i, w in enumerate(writers)
@@ -205,6 +276,14 @@ def proceed(
                 return
     cards.write_card(output, card | {"latents": meta["digest"]})
     state_path(output).unlink()
+
+
+def _remaining(session: Session, output, clip: int) -> Iterator[ClipResult]:
+    """The clips from number `clip` on, from the saved state; there is none before clip 0."""
+    if clip == 0:
+        return session.run()
+    state, _ = load_state(state_path(output), session.abstract_state(), session.place)
+    return session.run(state, clip)
 
 
 def enlarge(frames: np.ndarray, factor: int) -> np.ndarray:

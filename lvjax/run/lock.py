@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run per output: an advisory lock on a file beside it, which the operating system drops when
-the process dies.
+"""One run per output file: an advisory lock on a file beside it, which the operating system drops
+when the process dies.
 """
 
 import errno
@@ -9,7 +9,8 @@ import json
 import os
 import socket
 import time
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lvjax.core.errors import InUseError, StorageError
@@ -27,13 +28,24 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 
 @contextmanager
-def hold(output):
-    """Hold `<output>.lock` while the body runs.
+def hold(outputs, option: str = "--out"):
+    """Hold `<output>.lock` of every output while the body runs; of none when one is taken.
 
-    Raises: InUseError naming the run that has it; StorageError when the place cannot be written.
+    outputs: a path, or several; they are taken in sorted order.  option: what chooses them, for the
+    messages.
+    Raises: InUseError naming the run that has one; StorageError when the place cannot be written.
     """
-    path = Path(f"{os.path.realpath(output)}.lock")
-    handle = _open(path, output)
+    several = isinstance(outputs, Iterable) and not isinstance(outputs, str)
+    places = {os.path.realpath(p): p for p in (outputs if several else [outputs])}
+    with ExitStack() as held:
+        for place, given in sorted(places.items()):
+            held.enter_context(_hold(Path(f"{place}.lock"), given, option))
+        yield
+
+
+@contextmanager
+def _hold(path: Path, output, option: str):
+    handle = _open(path, output, option)
     _held.add(handle)
     try:
         me = {
@@ -54,7 +66,7 @@ def hold(output):
             os.close(handle)
 
 
-def _open(path: Path, output) -> int:
+def _open(path: Path, output, option: str) -> int:
     """The locked file; tried again when the run before removed it between our opening and locking
     it.
     """
@@ -64,10 +76,10 @@ def _open(path: Path, output) -> int:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as e:
             raise StorageError(
-                f"cannot write {path}: {e.strerror or e}; choose another --out"
+                f"cannot write {path}: {e.strerror or e}; choose another {option}"
             ) from e
         try:
-            _acquire(handle, output)
+            _acquire(handle, output, option)
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 return handle
         except FileNotFoundError:
@@ -78,13 +90,13 @@ def _open(path: Path, output) -> int:
         os.close(handle)
 
 
-def _acquire(handle: int, output) -> None:
+def _acquire(handle: int, output, option: str) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         if e.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             raise StorageError(
-                f"cannot lock {output}: {e.strerror or e}; choose another --out"
+                f"cannot lock {output}: {e.strerror or e}; choose another {option}"
             ) from e
         try:
             first = json.loads(os.pread(handle, 4096, 0))
@@ -92,5 +104,5 @@ def _acquire(handle: int, output) -> None:
         except (ValueError, KeyError):
             who = "another process"
         raise InUseError(
-            f"{output} is being written by {who}; wait for it or choose another --out"
+            f"{output} is being written by {who}; wait for it or choose another {option}"
         ) from e

@@ -1,95 +1,275 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run will need, by arithmetic and before anything is compiled: memory, disk, and whether
-they are there.
+"""What a run will need, by arithmetic, before weights are read and before anything is compiled:
+memory, disk and time; and whether memory and disk are there.
+
+Owns: the plan, and the sizes of a model without its weights.  Does not own: the compiled programs,
+whose real figures need minutes of compilation; tests hold the plan against measured peaks.
 """
 
+import dataclasses
+import json
+import math
 import os
 import shutil
+import time
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
-from lvjax.core.errors import DoesNotFitError, StorageError
-from lvjax.core.params import num_bytes
-from lvjax.run.bundle import Bundle, specs
-from lvjax.run.session import clip_count
+from lvjax.core.errors import DoesNotFitError, LvjaxError, StorageError
+from lvjax.core.params import flatten, num_bytes
+from lvjax.flow.schedule import make_schedule
+from lvjax.flow.truncated import steps_needed
+from lvjax.memory.cache import init_cache
+from lvjax.models.config import DiTConfig, VAEConfig
+from lvjax.models.pocket_text import PocketTextConfig
+from lvjax.models.vae import vae_spec
+from lvjax.rollout.clipwise import MASK, pixel_frames
+from lvjax.run.bundle import PARTS, Bundle, Defaults, load, specs
+from lvjax.run.session import Request, clip_count, data_mesh
 
-# bytes of the process once jax is up and the pocket programs are compiled, measured on the CPU
+# bytes of the process once jax is up and the pocket programs are loaded, measured on the CPU
 RUNTIME = 520e6
 # more bytes while a program is compiled for the first time, measured on the CPU
 COMPILING = 350e6
 # H.264 bits per source pixel at the writer's quality, measured on pocket videos at six-fold size
 VIDEO_BITS = 20.0
+# Times the bank of keys and values that a clip holds: the bank as saved once; the rest are rotated
+# keys and the copies that the loops over layers and steps carry.  XLA's memory analysis on the CPU:
+# arguments and workspace grow by 3.24 bytes per byte of bank.
+BANKS = 3.25
+# share of the rate of one matrix product that a clip reaches, measured on the CPU
+EFFICIENCY = 0.8
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be made, as far as it costs anything.
+
+    batch: videos at once.  size: (height, width) in pixels.  frames: pixel frames of each video;
+    given: those of them that begin the first clip.  steps: of the sampler.  guided: whether
+    guidance doubles the batch.
+    """
+
+    batch: int
+    size: tuple[int, int]
+    frames: int
+    given: int
+    steps: int
+    guided: bool
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by purpose, of memory; bytes of disk for the finished video and its saved state; clips
-    and frames.
+    """Needs of a run, in bytes and floating-point operations.
+
+    memory: by purpose, on each device.  devices: how many the batch is spread over.  host: of the
+    process, outside the devices' memory.  shared: whether the devices' memory is the host's, as on
+    the CPU.  disk: the finished videos, and the state twice, because a new one is complete before
+    the old one goes.  flops: of the whole run, all devices together.
     """
 
     memory: dict[str, int]
+    devices: int
+    host: int
+    shared: bool
     disk: int
+    flops: float
     clips: int
     frames: int
 
     @property
-    def total(self) -> int:
+    def device_bytes(self) -> int:
+        """Peak on one device."""
         return sum(self.memory.values())
 
-    def __str__(self) -> str:
-        parts = ", ".join(f"{k} {v / 1e6:.0f} MB" for k, v in self.memory.items())
-        return (
-            f"plan: {self.frames} frames in {self.clips} clips; memory {self.total / 1e9:.2f} GB "
-            f"({parts}; {COMPILING / 1e6:.0f} MB more while compiling for the first time); "
-            f"disk {self.disk / 1e6:.0f} MB"
-        )
+    @property
+    def host_bytes(self) -> int:
+        """Peak of the process, with programs compiled before."""
+        return self.host + self.shared * self.devices * self.device_bytes
 
 
-def make_plan(
-    bundle: Bundle,
-    *,
-    batch: int,
-    size: tuple[int, int],
-    frames: int,
-    given: int = 0,
-    guided: bool = True,
-) -> Plan:
-    """The plan of a run of `batch` videos of size (height, width), `given` frames of which begin
-    the first clip.
+def outline(model: str, defaults=lambda d: d) -> Bundle:
+    """A model without its weights (params and hashes are empty), as `bundle.load` names it.
+
+    defaults: applied to the model's own.
+    Raises: CheckpointError as `bundle.load` does.
     """
+    home = resources.files("lvjax") / "assets" / "pocket" if model == "pocket" else Path(model)
+    kinds = dict(
+        zip((*PARTS, "defaults"), (DiTConfig, VAEConfig, PocketTextConfig, Defaults), strict=True)
+    )
+    try:
+        head = json.loads(home.joinpath("model.json").read_text())
+        parts = {
+            k: cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in head[k].items()})
+            for k, cls in kinds.items()
+        }
+        bundle = Bundle(head["name"], **parts, params={})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, LvjaxError):
+        bundle = load(model)  # which says what is wrong
+    return dataclasses.replace(bundle, defaults=defaults(bundle.defaults))
+
+
+def work_of(request: Request, bundle: Bundle) -> Work:
+    """What a request asks of a model."""
+    d = bundle.defaults
+    given = 0
+    if request.start is not None:
+        found = ((1,) * (5 - request.start.ndim) + request.start.shape)[1]
+        given = min(found, pixel_frames(d.overlap))
+        given -= (given - 1) % MASK
+    return Work(
+        batch=len(request.timelines),
+        size=tuple(request.size or d.size),
+        frames=request.frames,
+        given=given,
+        steps=d.steps if request.steps is None else request.steps,
+        guided=(d.guidance if request.guidance is None else request.guidance) != 1,
+    )
+
+
+def make_plan(bundle: Bundle, work: Work) -> Plan:
+    """The plan of a run; of the bundle only the sizes and defaults are used."""
     d, dit, vae = bundle.defaults, bundle.dit, bundle.vae
-    rows = batch * (2 if guided else 1)
-    h, w = (n // vae.spatial_stride for n in size)
-    tokens = d.clip_latents * (h // dit.patch[1]) * (w // dit.patch[2])
-    layers = d.layers or (dit.num_layers // 2, dit.num_layers)
-    kv = 2 * (layers[1] - layers[0]) * rows * d.capacity * tokens * dit.dim * 4
+    devices = data_mesh(work.batch).size
+    shared = jax.default_backend() == "cpu"
+    batch = work.batch // devices
+    rows = batch * (2 if work.guided else 1)
+    grid, tokens = _tokens(bundle, work)
+    bank = _bank_bytes(bundle, rows, grid)
     scores = rows * dit.num_heads * tokens * min(d.capacity * tokens, 8192) * 4
     activations = rows * tokens * (dit.ffn_dim + 12 * dit.dim) * 4
-    pixels = batch * size[0] * size[1]
-    picture = pixels / vae.patch**2 * vae.base * 4
-    new = 4 * (d.clip_latents - d.overlap)
+    picture = batch * math.prod(work.size) / vae.patch**2 * vae.base * 4
+    decoding = round(picture * (12 + 4 * MASK * (d.clip_latents - d.overlap)))
     memory = {
         "weights": sum(num_bytes(s) for s in specs(dit, vae, bundle.text).values()),
-        "memory of clips": 3
-        * kv,  # keys as saved, keys rotated, values; the saved copy on the host is short-lived
+        "memory of clips": round(BANKS * bank),
         "transformer": scores + activations,
-        "autoencoder": round(picture * (12 + 4 * new)),
-        "runtime": round(RUNTIME),
+        "autoencoder": decoding,
     }
-    disk = round(batch * (pixels / batch * frames * VIDEO_BITS / 8 + 2e5) + kv)
-    return Plan(memory, disk, clip_count(d, frames, given), frames)
+    condition = batch * tokens * math.prod(dit.patch) * (MASK + vae.z) * 4
+    state = devices * (bank + condition)
+    # Saving copies the state to the host and into a file twice over.  On the CPU that is less than
+    # the same memory held while computing.
+    saving = 0 if shared else 3 * state
+    clips = clip_count(d, work.frames, work.given)
+    return Plan(
+        memory=memory,
+        devices=devices,
+        host=round(RUNTIME) + saving,
+        shared=shared,
+        disk=round(
+            work.batch * (math.prod(work.size) * work.frames * VIDEO_BITS / 8 + 2e5) + 2 * state
+        ),
+        flops=float(clips) * devices * _clip_flops(bundle, work, rows, batch),
+        clips=clips,
+        frames=work.frames,
+    )
 
 
-def available_memory() -> int:
-    """Bytes that a new process may use: on the CPU the free memory, within the control group's
-    limit; else the device's.
+def _tokens(bundle: Bundle, work: Work) -> tuple[tuple[int, int], int]:
+    """Tokens per latent frame as (height, width), and per clip."""
+    unit = (bundle.vae.spatial_stride * p for p in bundle.dit.patch[1:])
+    grid = tuple(n // u for n, u in zip(work.size, unit, strict=True))
+    return grid, bundle.defaults.clip_latents // bundle.dit.patch[0] * math.prod(grid)
+
+
+def _layers(bundle: Bundle) -> tuple[int, int]:
+    """The half-open range of layers that have memory."""
+    return bundle.defaults.layers or (bundle.dit.num_layers // 2, bundle.dit.num_layers)
+
+
+def _bank_bytes(bundle: Bundle, rows: int, grid: tuple[int, int]) -> int:
+    """Keys and values of the remembered clips, as the cache itself lays them out."""
+    frames = bundle.defaults.capacity * bundle.defaults.clip_latents
+    bank = jax.eval_shape(lambda: init_cache(bundle.dit, rows, frames, grid, _layers(bundle)))
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(bank))
+
+
+def _clip_flops(bundle: Bundle, work: Work, rows: int, batch: int) -> float:
+    """Floating-point operations of one clip on one device: the transformer once per step of the
+    sampler that T-RFlow runs and once to remember, then decoding, and encoding the overlap.
     """
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        stats = device.memory_stats() or {}
-        return int(stats.get("bytes_limit", 0)) or 1 << 62
+    d, dit, vae = bundle.defaults, bundle.dit, bundle.vae
+    _, tokens = _tokens(bundle, work)
+    steps = min(work.steps, 1000)  # a session refuses more
+    sigmas = make_schedule(steps, d.shift, d.solver).sigmas
+    passes = steps_needed(sigmas, d.window) + 1
+    first, last = _layers(bundle)
+    seen = dit.num_layers * (tokens + dit.text_len) + (last - first) * (d.capacity - 1) * tokens
+    products = dit.num_layers * (6 * dit.dim + 2 * dit.ffn_dim)
+    transformer = tokens * dit.dim * (2 * products + 4 * seen)
+    size = tuple(n // vae.spatial_stride for n in work.size)
+    pictures = _vae_flops(vae, "decoder", d.clip_latents, size)
+    pictures += _vae_flops(vae, "encoder", d.overlap, size)
+    return rows * passes * transformer + batch * pictures
+
+
+def _vae_flops(vae: VAEConfig, part: str, latents: int, size: tuple[int, int]) -> float:
+    """Floating-point operations of the convolutions of one video through "encoder" or "decoder".
+
+    latents: frames of the latent video; size: (h, w) of it.
+    """
+    last, decoder = len(vae.dim_mult) - 1, part == "decoder"
+    stages = {f"stage{i}": i for i in range(last + 1)}
+    stages |= {"conv_in": 0, "mid": 0 if decoder else last, "head": last}
+    total = 0.0
+    for name, weight in flatten(vae_spec(vae)[part]).items():
+        if len(weight.shape) >= 4:  # a kernel
+            i = stages[name.split("/")[0]]
+            slowed = vae.temporal_down[::-1][:i] if decoder else vae.temporal_down[i:]
+            frames = 1 + (latents - 1) * 2 ** sum(slowed)
+            pixels = math.prod(size) * 4 ** (i if decoder else last - i)
+            total += 2.0 * math.prod(weight.shape) * frames * pixels
+    return total
+
+
+def measured_rate(dtype: str) -> float:
+    """Floating-point operations per second of this device in one large matrix product, now."""
+    n = 1024 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((n, n), jnp.dtype(dtype))
+    product = jax.jit(jnp.matmul)
+    product(a, a).block_until_ready()
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        product(a, a).block_until_ready()
+        times.append(time.perf_counter() - began)
+    return 2.0 * n**3 / sorted(times)[2]
+
+
+def seconds(plan: Plan, rate: float) -> float:
+    """Estimated duration without loading and compiling; rate as `measured_rate` gives it.
+
+    Devices that share the host's memory are taken to share its cores too.
+    """
+    return plan.flops / (rate * EFFICIENCY * (1 if plan.shared else plan.devices))
+
+
+def describe(plan: Plan, rate: float) -> str:
+    """The plan in one line for the user."""
+    parts = ", ".join(f"{k} {v / 1e6:.0f} MB" for k, v in plan.memory.items())
+    each = "" if plan.devices == 1 else f" on each of {plan.devices} devices"
+    return (
+        f"plan: {plan.frames} frames in {plan.clips} clips; memory {plan.host_bytes / 1e9:.2f} GB "
+        f"({parts}{each}; the process itself {plan.host / 1e6:.0f} MB, and "
+        f"{COMPILING / 1e6:.0f} MB more while compiling for the first time); "
+        f"disk {plan.disk / 1e6:.0f} MB; about {_duration(seconds(plan, rate))} (estimate: "
+        f"{plan.flops / 1e12:.2g} TFLOP at {EFFICIENCY:.0%} of the {rate / 1e9:.0f} GFLOP/s of a "
+        "matrix product timed now; loading and compiling come on top)"
+    )
+
+
+def _duration(s: float) -> str:
+    return f"{s:.0f} s" if s < 120 else f"{s / 60:.0f} min" if s < 7200 else f"{s / 3600:.1f} h"
+
+
+def host_memory() -> int:
+    """Free bytes of the machine, within the control group's limit."""
     free = 1 << 62
     for line in (
         Path("/proc/meminfo").read_text().splitlines() if os.path.exists("/proc/meminfo") else ()
@@ -102,15 +282,27 @@ def available_memory() -> int:
     return free
 
 
-def check_plan(plan: Plan, bundle: Bundle, *, batch: int, size, frames: int, output) -> None:
+def device_memory() -> int:
+    """Bytes that jax may use on a device; without bound where the device does not say."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return int(stats.get("bytes_limit", 0)) or 1 << 62
+
+
+def fits(plan: Plan) -> bool:
+    """Whether memory is there, for the device and for the process."""
+    on_device = plan.shared or plan.device_bytes <= device_memory()
+    return on_device and plan.host_bytes + COMPILING <= host_memory()
+
+
+def check_plan(plan: Plan, bundle: Bundle, work: Work, output) -> None:
     """Raises: DoesNotFitError with settings that fit; StorageError when the disk is too small."""
-    have = available_memory()
-    if plan.total + COMPILING > have:
-        raise DoesNotFitError(
-            f"the run needs {(plan.total + COMPILING) / 1e9:.1f} GB of memory, "
-            f"{have / 1e9:.1f} GB are free; "
-            f"{_smaller(bundle, batch, size, frames, have)}"
-        )
+    if not fits(plan):
+        needs = f"{(plan.host_bytes + COMPILING) / 1e9:.1f} GB of memory"
+        have = f"{host_memory() / 1e9:.1f} GB are free"
+        if not plan.shared:
+            needs += f" and {plan.device_bytes / 1e9:.1f} GB on each device"
+            have += f", {device_memory() / 1e9:.1f} GB on a device"
+        raise DoesNotFitError(f"the run needs {needs}, {have}; {_smaller(bundle, work)}")
     place = Path(output).resolve().parent
     try:
         free = shutil.disk_usage(place).free
@@ -125,14 +317,17 @@ def check_plan(plan: Plan, bundle: Bundle, *, batch: int, size, frames: int, out
         )
 
 
-def _smaller(bundle: Bundle, batch: int, size, frames: int, have: int) -> str:
-    """Fewer videos at once first, then a smaller picture."""
+def _smaller(bundle: Bundle, work: Work) -> str:
+    """Fewer videos at once first, then a smaller picture; all else as asked."""
     unit = bundle.vae.spatial_stride * bundle.dit.patch[1]
-    while batch > 1 or max(size) > unit:
-        if batch > 1:
-            batch //= 2
+    while work.batch > 1 or max(work.size) > unit:
+        if work.batch > 1:
+            work = dataclasses.replace(work, batch=work.batch // 2)
         else:
-            size = tuple(max(unit, n // 2 // unit * unit) for n in size)
-        if make_plan(bundle, batch=batch, size=size, frames=frames).total + COMPILING <= have:
-            return f"{batch} videos at once of --size {size[1]}x{size[0]} fit"
+            size = tuple(max(unit, n // 2 // unit * unit) for n in work.size)
+            work = dataclasses.replace(work, size=size)
+        if fits(make_plan(bundle, work)):
+            height, width = work.size
+            videos = "one video" if work.batch == 1 else f"{work.batch} videos at once"
+            return f"{videos} of --size {width}x{height} would fit"
     return "no smaller setting fits: free memory"

@@ -8,8 +8,9 @@ elsewhere.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,26 +20,29 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lvjax.core.errors import InputError, NonFiniteError
 from lvjax.core.mesh import make_mesh
-from lvjax.data.prompts import VOCABULARY, encode
+from lvjax.data.prompts import encode
 from lvjax.flow.schedule import make_schedule
-from lvjax.memory.placement import plan_bank
+from lvjax.memory.placement import init_bank, place_rows, plan_rows
 from lvjax.methods import METHODS, ErrorFree
 from lvjax.models.dit import embed_context
 from lvjax.models.pocket_text import encode_text
 from lvjax.models.vae import encode as encode_video
 from lvjax.rollout.clipwise import Clip, first_condition, pixel_frames, shard_state
 from lvjax.rollout.method import Method, stream
-from lvjax.run.bundle import Bundle
+from lvjax.run.bundle import Bundle, Defaults
+from lvjax.run.timeline import Cuts, notices
 
 MAX_FRAMES = 10_000_000
+
+_encode_video = jax.jit(encode_video, static_argnums=2)
 
 
 @dataclass(frozen=True)
 class Request:
     """One run.  Fields left None take the bundle's defaults.
 
-    timelines: per row of the batch, ((seconds, prompt), ...) in order, the first at 0.  negative:
-      one prompt for all rows.
+    timelines: per row of the batch, ((seconds, prompt), ...) in order, the first at 0; see
+      `run.timeline`.  negative: one prompt for all rows.
     start: None, an image float32 [H, W, 3] or the last frames of a video [P, H, W, 3], in [-1, 1],
       of the run's size; with
     [B, P, H, W, 3] each row has its own.
@@ -70,51 +74,67 @@ class ClipResult(NamedTuple):
 
 @dataclass(frozen=True)
 class Session:
-    """A run ready to go.  clips: `Clip` inputs in order, made when asked for; first: pixel frames
-    of clip 0 that are not shown.
+    """A run ready to go; it holds no state, so that it can be run any number of times.
+
+    init: keys -> the first state.  keys: typed, [B].  mesh: the devices of a state.
+    clips(start): the `Clip` inputs from number `start` on, in order, each made when it is asked
+      for.  The bank of the clips before is replayed on the host, about 0.2 ms per clip and row.
+    cuts: which frames each clip shows.  skip_first, overlap_frames: pixel frames that clip 0, and
+      every later clip, was given and does not show.
     """
 
     method: Method
-    state: Any
-    num_clips: int
-    frames: int
+    init: Callable[[jax.Array], Any]
+    keys: jax.Array
+    mesh: jax.sharding.Mesh
+    clips: Callable[[int], Iterator[Clip]]
+    cuts: Cuts
     skip_first: int
     overlap_frames: int
-    clip: Any
     notices: tuple[str, ...] = ()
 
-    def run(self, state=None, start: int = 0) -> Iterator[ClipResult]:
-        """Yield clips from number `start` on, continuing from `state`; states are donated to the
-        next clip.
+    @property
+    def num_clips(self) -> int:
+        return self.cuts.clips
 
+    @property
+    def frames(self) -> int:
+        """Pixel frames in all."""
+        return self.cuts.frames
+
+    def state(self):
+        """A new first state; a run takes it for its own (it is donated)."""
+        return self.place(self.init(self.keys))
+
+    def abstract_state(self):
+        """The shapes and types of a state, without making one."""
+        return jax.eval_shape(self.init, self.keys)
+
+    def place(self, state):
+        """A state, from the host for instance, laid out over the devices."""
+        return shard_state(state, self.mesh)
+
+    def run(self, state=None, start: int = 0) -> Iterator[ClipResult]:
+        """Yield clips from number `start` on.
+
+        state: what the clip before `start` left, laid out by `place`, or None for a new first
+        state.  A state is donated to the next clip.
         Raises: NonFiniteError naming the clip and the tensor.
         """
-        state = self.state if state is None else state
-        inputs = (self.clip(i) for i in range(start, self.num_clips))
-        shown = self.frames_before(start)
-        for i, (new, (latents, frames)) in enumerate(stream(self.method, state, inputs), start):
+        first = self.state() if state is None else state
+        made = stream(self.method, first, self.clips(start))
+        del first, state  # nothing here outlives its clip
+        shown = self.cuts.begin(start)
+        for i, (new, (latents, frames)) in enumerate(made, start):
             _check_finite(latents, frames, i)
-            frames = frames[:, self.skip_first if i == 0 else self.overlap_frames :][
-                :, : self.frames - shown
-            ]
+            frames = frames[:, self.skip_first if i == 0 else self.overlap_frames :]
+            frames = frames[:, : self.frames - shown]
             shown += frames.shape[1]
             yield ClipResult(i, latents, np.asarray(to_uint8(frames)), new)
 
     def with_key(self, key) -> "Session":
         """The same run with the noise of a typed key instead of the request's seed."""
-        data = jax.random.key_data(row_keys(key, self.state.condition.shape[0]))
-        return dataclasses.replace(
-            self, state=self.state.replace(key=jax.device_put(data, self.state.key.sharding))
-        )
-
-    def frames_before(self, clip: int) -> int:
-        """Pixel frames shown before clip number `clip`."""
-        whole = self.overlap_frames + self._new_per_clip - self.skip_first
-        return 0 if clip == 0 else min(self.frames, whole + (clip - 1) * self._new_per_clip)
-
-    @property
-    def _new_per_clip(self) -> int:
-        return pixel_frames(self.state.condition.shape[1]) - self.overlap_frames
+        return dataclasses.replace(self, keys=row_keys(key, len(self.keys)))
 
 
 def row_keys(key, batch: int):
@@ -129,12 +149,12 @@ def to_uint8(frames):
 
 
 def _check_finite(latents, frames, clip: int) -> None:
-    for name, x in (("latents", latents), ("frames", frames)):
+    for name, after, x in (("latents", "sampling", latents), ("frames", "decoding", frames)):
         bad = ~np.isfinite(np.asarray(x)).reshape(len(x), -1).all(1)
         if bad.any():
             raise NonFiniteError(
-                f"{name} of clip {clip} are not finite (row {int(bad.argmax())}); the clips "
-                "before it are kept; try another seed, fewer steps or less guidance"
+                f"{name} of clip {clip} are not finite after {after} (row {int(bad.argmax())}); "
+                "the clips before it are kept; try another seed, fewer steps or less guidance"
             )
 
 
@@ -144,9 +164,7 @@ def frame_count(seconds: float, fps: int) -> int:
     Raises: InputError unless seconds is a positive finite number.
     """
     if not 0 < seconds <= MAX_FRAMES / fps:  # false for NaN
-        raise InputError(
-            f"seconds is {seconds}; give a positive number up to {MAX_FRAMES / fps:g}"
-        )
+        raise InputError(f"seconds is {seconds}; give a positive number up to {MAX_FRAMES / fps:g}")
     return check_frames(1 + 4 * round(seconds * fps / 4))
 
 
@@ -162,13 +180,17 @@ def check_frames(frames: int) -> int:
     return frames
 
 
-def clip_count(defaults, frames: int, given: int) -> int:
-    """Clips of a video of `frames` whose first clip is given `given` frames and shows the last of
-    them.
+def cuts(defaults: Defaults, frames: int, given: int) -> Cuts:
+    """The clips of a video of `frames` whose first clip is given `given` frames and shows the last
+    of them.
     """
-    whole = pixel_frames(defaults.clip_latents) - max(given - 1, 0)
-    new = pixel_frames(defaults.clip_latents) - pixel_frames(defaults.overlap)
-    return 1 + max(0, math.ceil((frames - whole) / new))
+    clip, shared = pixel_frames(defaults.clip_latents), pixel_frames(defaults.overlap)
+    return Cuts(frames, clip - max(given - 1, 0), clip - shared, defaults.fps)
+
+
+def clip_count(defaults: Defaults, frames: int, given: int) -> int:
+    """Clips of the video that `cuts` describes."""
+    return cuts(defaults, frames, given).clips
 
 
 def check_size(size: tuple[int, int], bundle: Bundle) -> tuple[int, int]:
@@ -210,15 +232,65 @@ def check_timeline(timeline) -> None:
 
 
 def open_session(bundle: Bundle, request: Request) -> Session:
-    """Check the request against the model and prepare everything up to the first clip.
+    """Check the request against the model and prepare everything up to the first clip; the weights
+    go to the devices, everything else is made when the session runs.
 
     Raises: InputError with the nearest legal values.
     """
-    d = bundle.defaults
-    for timeline in request.timelines:
+    mesh = data_mesh(len(request.timelines))
+    params = jax.device_put(bundle.params, NamedSharding(mesh, PartitionSpec()))
+    return _session(dataclasses.replace(bundle, params=params), request, mesh)
+
+
+def check_request(bundle: Bundle, request: Request) -> tuple[str, ...]:
+    """The checks of `open_session`, alone; returns its notices.
+
+    Raises: InputError with the nearest legal values.
+    """
+    return _session(bundle, request, data_mesh(len(request.timelines))).notices
+
+
+def _session(bundle: Bundle, request: Request, mesh) -> Session:
+    """A session for weights where they are."""
+    d, batch = bundle.defaults, len(request.timelines)
+    for timeline in request.timelines or ((),):
         check_timeline(timeline)
     check_frames(request.frames)
-    height, width = check_size(request.size or d.size, bundle)
+    size = check_size(request.size or d.size, bundle)
+    settings = _settings(d, request)
+    method = METHODS[request.method](bundle.params, bundle.dit, bundle.vae, settings)
+    given, source = _start(d, request, size, batch)
+    stride = bundle.vae.spatial_stride
+    latents = (batch, d.clip_latents, size[0] // stride, size[1] // stride, bundle.vae.z)
+
+    def init(keys):
+        condition = first_condition(
+            lambda video: _encode_video(bundle.params["vae"], video, bundle.vae),
+            source,
+            latents,
+            fill=d.fill if source is not None else "latent",
+            overlap=d.overlap,
+        )
+        return method.init(condition, keys)
+
+    parts = cuts(d, request.frames, given)
+    session = Session(
+        method,
+        init,
+        row_keys(jax.random.key(request.seed), batch),
+        mesh,
+        partial(_clips, bundle, request, parts, mesh, settings.guidance is not None),
+        parts,
+        max(given - 1, 0),
+        pixel_frames(d.overlap),
+        notices(request.timelines, request.negative, parts),
+    )
+    session.abstract_state()  # what does not fit together says so here
+    return session
+
+
+def _settings(d: Defaults, request: Request) -> ErrorFree:
+    """The method's settings.  Raises: InputError for a method, steps or guidance that cannot be."""
     if request.method not in METHODS:
         raise InputError(f"method {request.method!r} is unknown; choose one of {sorted(METHODS)}")
     steps = d.steps if request.steps is None else request.steps
@@ -228,7 +300,7 @@ def open_session(bundle: Bundle, request: Request) -> Session:
             f"steps is {steps}, guidance {guidance}; allowed are 1 to 1000 steps and a guidance "
             "from 0 to 100"
         )
-    settings = ErrorFree(
+    return ErrorFree(
         schedule=make_schedule(steps, d.shift, d.solver),
         solver=d.solver,
         guidance=None if guidance == 1 else guidance,
@@ -239,39 +311,6 @@ def open_session(bundle: Bundle, request: Request) -> Session:
         positions=d.positions,
         fill=d.fill,
     )
-    batch = len(request.timelines)
-    stride = bundle.vae.spatial_stride
-    size = (batch, d.clip_latents, height // stride, width // stride, bundle.vae.z)
-    mesh = data_mesh(batch)
-    bundle = dataclasses.replace(
-        bundle, params=jax.device_put(bundle.params, NamedSharding(mesh, PartitionSpec()))
-    )
-    method = METHODS[request.method](bundle.params, bundle.dit, bundle.vae, settings)
-    given, source = _start(bundle, request, (height, width), batch)
-    keys = row_keys(jax.random.key(request.seed), batch)
-    condition = first_condition(
-        _encoder(bundle),
-        source,
-        size,
-        fill=d.fill if source is not None else "latent",
-        overlap=d.overlap,
-    )
-    state = shard_state(method.init(condition, keys), mesh)
-    skip, shared = max(given - 1, 0), pixel_frames(d.overlap)
-    new = pixel_frames(d.clip_latents) - shared
-    whole = pixel_frames(d.clip_latents) - skip
-    num_clips = clip_count(d, request.frames, given)
-    prompts, notices = _clip_prompts(bundle, request, num_clips, whole, new)
-    contexts = _Contexts(bundle, request.negative, settings.guidance is not None)
-    plan = plan_bank(np.stack([contexts.embedding(p) for p in prompts]), d.capacity)
-
-    rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "data"), ()))
-
-    def clip(i: int) -> Clip:
-        place = jax.device_put((plan.slot[i], plan.visible[i]), everywhere)
-        return Clip(jax.device_put(contexts(prompts[i]), rows), *place)
-
-    return Session(method, state, num_clips, request.frames, skip, shared, clip, notices)
 
 
 def data_mesh(batch: int):
@@ -281,77 +320,67 @@ def data_mesh(batch: int):
     return make_mesh(data=max(n for n in range(1, jax.device_count() + 1) if batch % n == 0))
 
 
-def _encoder(bundle: Bundle):
-    return jax.jit(lambda video: encode_video(bundle.params["vae"], video, bundle.vae))
-
-
-def _start(bundle, request, size, batch):
+def _start(d: Defaults, request: Request, size: tuple[int, int], batch: int):
     """Frames that the first clip is given (a count of the form 1 + 4m, or 0) and their array [B, P,
-    H, W, 3].
+    H, W, 3] on the host.
     """
     if request.start is None:
         return 0, None
-    start = jnp.asarray(request.start, jnp.float32)
+    start = np.asarray(request.start, np.float32)
     start = start.reshape((1,) * (5 - start.ndim) + start.shape)
     if start.shape[2:4] != size:
         raise InputError(
             f"the start picture is {start.shape[3]}x{start.shape[2]}, the video "
             f"{size[1]}x{size[0]}; fit it first"
         )
-    given = min(start.shape[1], pixel_frames(bundle.defaults.overlap))
+    given = min(start.shape[1], pixel_frames(d.overlap))
     given -= (given - 1) % 4
-    return given, jnp.broadcast_to(start[:, -given:], (batch, given, *start.shape[2:]))
+    return given, np.broadcast_to(start[:, -given:], (batch, given, *start.shape[2:]))
 
 
-def _clip_prompts(bundle, request, num_clips: int, whole: int, new: int):
-    """Per clip, the prompts of all rows at its first new frame; and one notice on words that the
-    model does not know.
+def _clips(
+    bundle: Bundle, request: Request, parts: Cuts, mesh, guided: bool, start: int = 0
+) -> Iterator[Clip]:
+    """Clip inputs from number `start` on; guided: with the negative prompt.
+
+    The bank of each row is placed by its own prompts, those of the clips before `start` again; a
+    later prompt changes nothing here unless the defaults ask for lookahead.
     """
-    fps = bundle.defaults.fps
-    starts = [0.0] + [(whole + i * new) / fps for i in range(num_clips - 1)]
-    prompts = []
-    for s in starts:
-        prompts.append(
-            tuple([p for t, p in row if t <= s + 0.5 / fps][-1] for row in request.timelines)
-        )
-    unknown = {}
-    for text in {p for row in prompts for p in row} | {request.negative}:
-        unknown |= dict(encode(text)[1])
-    if not unknown:
-        return prompts, ()
-    words = ", ".join(f"{w!r} (nearest: {near!r})" for w, near in sorted(unknown.items()))
-    return prompts, (
-        f"the model does not know {words}; `lvjax info` lists its {len(VOCABULARY)} words",
-    )
+    d, text = bundle.defaults, bundle.text
+    negative = encode(request.negative).ids
+
+    def prompts(i: int) -> tuple[str, ...]:
+        return tuple(parts.prompt(row, i) for row in request.timelines)
+
+    @lru_cache(maxsize=1)
+    def context(texts: tuple[str, ...]):
+        ids = [encode(p).ids for p in texts] + [negative] * (len(texts) if guided else 0)
+        made = _context(bundle.params, np.stack(ids), text, bundle.dit)
+        return jax.device_put(made, NamedSharding(mesh, PartitionSpec(None, "data")))
+
+    @lru_cache(maxsize=1024)
+    def embedding(prompt: str) -> np.ndarray:  # one at a time: it must not depend on the batch
+        return np.asarray(_pooled(bundle.params, encode(prompt).ids[None], text))[0]
+
+    features = (np.stack([embedding(p) for p in prompts(i)]) for i in range(parts.clips))
+    banks = [init_bank(d.capacity, text.dim) for _ in request.timelines]
+    places = plan_rows(features, d.capacity) if d.lookahead else place_rows(banks, features)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    for i, place in enumerate(places):
+        if i >= start:
+            yield Clip(context(prompts(i)), *jax.device_put(place, rows))
 
 
-class _Contexts:
-    """Text context per distinct set of prompts; only the last one made is kept, so memory does not
-    grow.
+@partial(jax.jit, static_argnums=(2, 3))
+def _context(params, ids, text_cfg, dit_cfg):
+    """ids int32 [B, M] -> what cross-attention needs of these prompts."""
+    return embed_context(params["dit"], encode_text(params["text"], ids, text_cfg), dit_cfg)
+
+
+@partial(jax.jit, static_argnums=2)
+def _pooled(params, ids, text_cfg):
+    """ids int32 [B, M] -> the sum of the text features over the words, float32 [B, E]: what clip
+    selection compares.  A prompt without words has the sum over all rows.
     """
-
-    def __init__(self, bundle: Bundle, negative: str, guided: bool):
-        text_cfg, dit_cfg = bundle.text, bundle.dit
-        self._negative, self._guided, self._last = encode(negative)[0], guided, (None, None)
-        self._embed = jax.jit(
-            lambda ids: embed_context(
-                bundle.params["dit"], encode_text(bundle.params["text"], ids, text_cfg), dit_cfg
-            )
-        )
-        self._pool = jax.jit(lambda ids: encode_text(bundle.params["text"], ids, text_cfg).sum(1))
-        self._embeddings: dict[tuple, np.ndarray] = {}
-
-    def __call__(self, prompts: tuple[str, ...]):
-        if self._last[0] != prompts:
-            rows = [encode(p)[0] for p in prompts]
-            rows += [self._negative] * len(prompts) if self._guided else []
-            self._last = (prompts, self._embed(np.stack(rows)))
-        return self._last[1]
-
-    def embedding(self, prompts: tuple[str, ...]) -> np.ndarray:
-        """Mean-pooled text features of all rows, side by side: what clip selection compares."""
-        if prompts not in self._embeddings:
-            self._embeddings[prompts] = np.asarray(
-                self._pool(np.stack([encode(p)[0] for p in prompts]))
-            ).reshape(-1)
-        return self._embeddings[prompts]
+    words = (ids > 0) | ~(ids > 0).any(-1, keepdims=True)
+    return jnp.where(words[..., None], encode_text(params["text"], ids, text_cfg), 0).sum(1)

@@ -2,6 +2,7 @@
 """The saved state of a run: one file, atomic, a checksum per array."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,15 @@ def save_state(path, state, meta: dict[str, Any]) -> None:
     save_arrays(path, tree_arrays(jax.device_get(state)), meta)
 
 
-def load_state(path, like) -> tuple[Any, dict[str, Any]]:
-    """Returns (state, laid out over the devices like `like`; meta).
+def load_state(path, like, place: Callable = jax.device_put) -> tuple[Any, dict[str, Any]]:
+    """Returns (state, meta).
 
+    like: the state's shapes and types, arrays or `jax.ShapeDtypeStruct`s.  place: moves the state
+    from the host to the devices.
     Raises: CheckpointError naming the file, and the array that is damaged or of another run.
     """
     arrays, meta = load_arrays(path)
-    return jax.tree.map(
-        lambda a, b: jax.device_put(a, b.sharding), restore_tree(like, arrays, str(path)), like
-    ), meta
+    return place(restore_tree(like, arrays, str(path))), meta
 
 
 def load_meta(path) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lvjax.memory.cache import commit, init_cache, open_past
 from lvjax.models.config import DiTConfig
 from lvjax.models.dit import dit, embed_context
 from lvjax.models.pocket_text import PocketTextConfig, encode_text
-from lvjax.nn.rope import grid_table
+from lvjax.nn.rope import axis_pairs, grid_table
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,16 @@ class ExtensionTask:
     drop_text: probability of the null prompt.  shift: of the uniform noise level, s·u / (1 + (s -
       1)·u).
     memory_layers: the DiT layers that see earlier clips.  stride: new latent frames per clip.
+    object_weight: by how much more the error counts where an object is.
     """
 
-    given: tuple[float, ...] = (0.15, 0.4, 0.45)
+    given: tuple[float, ...] = (0.1, 0.5, 0.4)
     condition_noise: float = 0.1
     drop_text: float = 0.1
     shift: float = 2.0
     memory_layers: tuple[int, int] | None = None
     stride: int = 3
+    object_weight: float = 0.0
 
 
 def condition_of(latents, given, noise=None):
@@ -66,7 +69,7 @@ def remember(params, history, context, frames, cfg: DiTConfig, task: ExtensionTa
     table = _table(cfg, cache.grid)
     for i in range(k):
         own = jnp.arange((k + 1) * t, dtype=jnp.int32) // t == i
-        past = open_past(cache, table, i * t, own)
+        past = open_past(cache, table, i * t, own[None])
         known = condition_of(history[:, i], jnp.full((b,), t - task.stride, jnp.int32))
         ctx = jax.tree.map(lambda c, i=i: c[i], context)
         _, past, keys = dit(
@@ -83,6 +86,31 @@ def remember(params, history, context, frames, cfg: DiTConfig, task: ExtensionTa
     return jax.lax.stop_gradient(cache)
 
 
+def local_start(params, cfg: DiTConfig, pairs: int = 3, bias: float = 3.0, gain: float = 2.0):
+    """A new DiT whose self-attention begins with a preference for near tokens, and whose
+    cross-attention is silent until the prompt means something.
+
+    The biases of q and k are `bias` on the `pairs` fastest rotary pairs of every axis, and their
+    norms begin at `gain`: their product then falls with the distance.  In pocket training the
+    error reached in 390 steps without it was reached in 160.
+    Idea: mimetic initialisation, arXiv:2305.09828; the rotary form is ours.
+    """
+    starts = np.cumsum([0, *axis_pairs(cfg.head_dim)[:2]])
+    near = np.zeros((cfg.num_heads, cfg.head_dim // 2, 2), np.float32)
+    for at in starts:
+        near[:, at : at + pairs, 0] = bias
+    blocks = dict(params["blocks"])
+    attention, cross = dict(blocks["self_attn"]), dict(blocks["cross_attn"])
+    for name in ("q", "k"):
+        linear = attention[name]
+        attention[name] = linear | {
+            "bias": jnp.broadcast_to(jnp.asarray(near.ravel()), linear["bias"].shape)
+        }
+        attention[f"norm_{name}"] = gain * attention[f"norm_{name}"]
+    cross["o"] = cross["o"] | {"kernel": jnp.zeros_like(cross["o"]["kernel"])}
+    return params | {"blocks": blocks | {"self_attn": attention, "cross_attn": cross}}
+
+
 def _table(cfg: DiTConfig, grid):
     return lambda frames: grid_table(frames, grid[0], grid[1], cfg.head_dim, cfg.theta)
 
@@ -90,10 +118,11 @@ def _table(cfg: DiTConfig, grid):
 def extension_loss(cfg: DiTConfig, text_cfg: PocketTextConfig, task: ExtensionTask):
     """loss(params, batch, key) -> (mean squared velocity error over frames that are not given, {}).
 
-    params: {"dit", "text"}.  batch: latents [B, T, H, W, C], ids int32 [B, M]; for the memory also
-      history [B, K, T, H, W, C],
-    history_ids [B, K, M] and history_gap int32 [1, K], how many latent frames before this clip each
-    earlier one began.
+    params: {"dit", "text"}.  batch: latents [B, T, H, W, C], ids int32 [B, M] and least int32 [B],
+      the fewest frames that must be given: up to there another prompt may have ruled; covered
+      float32 [B, T, H, W], the share of a cell that an object covers.  For the
+      memory also history [B, K, T, H, W, C], history_ids [B, K, M] and history_gap int32 [B, K]:
+      how many latent frames before this clip each earlier one began.
     """
 
     def loss(params, batch, key):
@@ -103,6 +132,7 @@ def extension_loss(cfg: DiTConfig, text_cfg: PocketTextConfig, task: ExtensionTa
         given = jax.random.choice(keys[0], len(task.given), (b,), p=jnp.array(task.given)).astype(
             jnp.int32
         )
+        given = jnp.maximum(given, batch["least"])
         ids = jnp.where(jax.random.uniform(keys[1], (b, 1)) < task.drop_text, 0, batch["ids"])
         context = embed_context(params["dit"], encode_text(params["text"], ids, text_cfg), cfg)
         u = jax.random.uniform(keys[2], (b,))
@@ -124,11 +154,10 @@ def extension_loss(cfg: DiTConfig, text_cfg: PocketTextConfig, task: ExtensionTa
             rotation=rotation,
             past=past,
         )
-        weight = (jnp.arange(t, dtype=jnp.int32)[None, :] >= given[:, None]).astype(jnp.float32)[
-            :, :, None, None, None
-        ]
-        error = jnp.square(v - (noise - z)) * weight
-        return error.sum() / (weight.sum() * z[0, 0].size), {}
+        new = (jnp.arange(t, dtype=jnp.int32)[None, :] >= given[:, None])[:, :, None, None]
+        weight = jnp.where(new, 1.0 + task.object_weight * batch["covered"], 0.0)
+        error = jnp.square(v - (noise - z)).mean(-1)
+        return (error * weight).sum() / weight.sum(), {}
 
     def _open_memory(params, batch, z, key):
         k, t = batch["history"].shape[1], z.shape[1]
@@ -143,7 +172,7 @@ def extension_loss(cfg: DiTConfig, text_cfg: PocketTextConfig, task: ExtensionTa
             fixed[0], batch["history"].astype(jnp.float32), fixed[1], frames, cfg, task
         )
         seen = jnp.append(jax.random.uniform(key, (k,)) < 0.75, True)
-        past = open_past(cache, _table(cfg, cache.grid), k * t, jnp.repeat(seen, t))
+        past = open_past(cache, _table(cfg, cache.grid), k * t, jnp.repeat(seen, t)[None])
         return past, _table(cfg, cache.grid)(jnp.arange(t, dtype=jnp.int32))
 
     return loss

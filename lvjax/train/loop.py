@@ -9,6 +9,7 @@ elsewhere in this package.
 
 import json
 import math
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lvjax.core.checkpoint import load_arrays, restore_tree, save_arrays, tree_arrays
 from lvjax.core.errors import NonFiniteError
 from lvjax.core.mesh import make_mesh, shard_batch
+from lvjax.core.signals import stoppable
 
 
 @struct.dataclass
@@ -80,29 +82,20 @@ def init_state(params, optimizer) -> TrainState:
     )
 
 
-def make_step(
-    loss: Callable, optimizer, o: TrainOptions, trainable: Callable[[str], bool] | None = None
-) -> Callable:
+def make_step(loss: Callable, optimizer, o: TrainOptions, frozen: tuple[str, ...] = ()) -> Callable:
     """`loss(params, batch, key) -> (scalar, metrics)`; returns step(state, batch) -> (state,
     metrics), jitted, state donated.
 
-    trainable: which top-level entries of the parameter tree move; the others keep their values.
+    frozen: subtrees that keep their values, by path from the root, such as "dit/text_embedding".
     """
 
     def step(state: TrainState, batch):
         key = jax.random.fold_in(jax.random.key(o.seed), state.step)
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
-        if trainable is not None:
-            grads = {
-                k: g if trainable(k) else jax.tree.map(jnp.zeros_like, g) for k, g in grads.items()
-            }
+        grads = _without(grads, frozen)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 counter with floats
             updates, opt = optimizer.update(grads, state.opt, state.params)
-        if trainable is not None:
-            updates = {
-                k: u if trainable(k) else jax.tree.map(jnp.zeros_like, u)
-                for k, u in updates.items()
-            }
+        updates = _without(updates, frozen)
         params = optax.apply_updates(state.params, updates)
         n = state.step.astype(jnp.float32)
         decay = jnp.minimum(o.ema, (1 + n) / (10 + n))
@@ -111,6 +104,16 @@ def make_step(
         return TrainState(params, ema, opt, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _without(tree, frozen: tuple[str, ...]):
+    """The tree with zeros in the frozen subtrees."""
+
+    def leaf(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/") + "/"
+        return jnp.zeros_like(x) if any(name.startswith(f + "/") for f in frozen) else x
+
+    return jax.tree_util.tree_map_with_path(leaf, tree) if frozen else tree
 
 
 def save_snapshot(path, state: TrainState, meta: dict | None = None) -> None:
@@ -163,6 +166,7 @@ def fit(
 
     batches: step number -> pytree of arrays with the batch first.  report: called with each logged
       dict.
+    SIGINT and SIGTERM wait for the step in flight and a snapshot, then take their course.
     Raises: NonFiniteError when the loss is not finite; the last snapshot stays.
     """
     folder = Path(folder)
@@ -175,24 +179,29 @@ def fit(
     metrics = Metrics(folder / "metrics.jsonl", int(state.step))
     start = saved = mark = time.monotonic()
     n = first = begun = int(state.step)
-    while n < o.steps and (seconds is None or time.monotonic() - start < seconds):
-        state, values = step(state, shard_batch(batches(n), mesh))
-        n += 1
-        if n % o.log_every == 0 or n == o.steps:
-            values = _finite(values, n, snapshot)
-            now = time.monotonic()
-            line = {"step": n, "seconds_per_step": (now - mark) / (n - first), **values}
-            mark, first = now, n
-            metrics.write(**line)
-            if report:
-                report(line)
-        if time.monotonic() - saved > o.save_every:
+    with stoppable() as stop:
+        while n < o.steps and (seconds is None or time.monotonic() - start < seconds):
+            state, values = step(state, shard_batch(batches(n), mesh))
+            n += 1
+            if n % o.log_every == 0 or n == o.steps:
+                values = _finite(values, n, snapshot)
+                now = time.monotonic()
+                line = {"step": n, "seconds_per_step": (now - mark) / (n - first), **values}
+                mark, first = now, n
+                metrics.write(**line)
+                if report:
+                    report(line)
+            if stop.signal is not None:
+                break
+            if time.monotonic() - saved > o.save_every:
+                _finite(values, n, snapshot)
+                save_snapshot(snapshot, state)
+                saved = time.monotonic()
+        if n > begun:
             _finite(values, n, snapshot)
-            save_snapshot(snapshot, state)
-            saved = time.monotonic()
-    if n > begun:
-        _finite(values, n, snapshot)
-    save_snapshot(snapshot, state)
+        save_snapshot(snapshot, state)
+    if stop.signal is not None:
+        signal.raise_signal(stop.signal)
     return state
 
 

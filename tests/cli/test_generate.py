@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lvjax generate` and `replay` end to end on a tiny random model: files, exit codes, one-line
+"""`lvjax generate` end to end on a tiny random model: files, exit codes, one-line
 errors, resume.
 """
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from lvjax.cli.main import main
-from lvjax.core.errors import NonFiniteError
+from lvjax.core.checkpoint import load_arrays, save_arrays
 from lvjax.io.video import read_card, read_video
-from lvjax.run import job
+from lvjax.run import job, lock
 from lvjax.run.bundle import load, save
+from lvjax.run.card import card_path
 from lvjax.run.state import state_path
 from tests.tiny import tiny_bundle
 
@@ -41,41 +43,15 @@ def test_a_run_writes_a_playable_video_with_its_card(model, tmp_path, capsys):
     assert frames.shape == (41, 32, 32, 3) and fps == 8
     card = read_card(out)
     assert card["options"]["timelines"][0][1] == [2.5, "a red circle moves up"]
-    assert json.loads(out.with_suffix(".json").read_text())["weights"].keys() == {
+    assert json.loads(card_path(out).read_text())["weights"].keys() == {
         "dit",
         "vae",
         "text",
     }
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.mp4"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "a.mp4.json"]
     printed = capsys.readouterr()
     assert "plan: 41 frames in 3 clips" in printed.out and "3/3" in printed.err
-
-
-def test_replay_makes_the_same_latents(model, tmp_path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)).save(
-        tmp_path / "photo.png"
-    )
-    out = tmp_path / "a.mp4"
-    assert (
-        generate(
-            model,
-            out,
-            *PROMPTS,
-            "--frames",
-            "29",
-            "--image",
-            str(tmp_path / "photo.png"),
-            "--seed",
-            "4",
-        )
-        == 0
-    )
-    (tmp_path / "photo.png").unlink()
-    assert main(["replay", str(out)]) == 0
-    digests = [
-        json.loads((tmp_path / name).read_text())["latents"] for name in ("a.json", "a-replay.json")
-    ]
-    assert digests[0] == digests[1]
+    assert re.search(r"disk \d+ MB; about \d+ s \(estimate: ", printed.out)
 
 
 def interrupted(model, out, clips: int, *args) -> None:
@@ -230,26 +206,124 @@ def test_a_place_that_is_no_folder(model, tmp_path, capsys):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-def test_nan_stops_at_its_clip_and_keeps_the_ones_before(model, tmp_path, capsys, monkeypatch):
-    import lvjax.run.session as session
-
-    original = session._check_finite
-
-    def check(latents, frames, clip):
-        if clip == 2:
-            raise NonFiniteError("latents of clip 2 are not finite")
-        original(latents, frames, clip)
-
-    monkeypatch.setattr(session, "_check_finite", check)
-    assert generate(model, tmp_path / "a.mp4", *PROMPTS, "--frames", "53") == 5
-    assert "clip 2" in capsys.readouterr().err
-    assert read_video(tmp_path / "a.mp4")[0].shape[0] == 29
-    monkeypatch.undo()
-    assert main(["generate", "--resume", "--out", str(tmp_path / "a.mp4")]) == 0
-    assert read_video(tmp_path / "a.mp4")[0].shape[0] == 53
+def test_weights_that_overflow_stop_the_run(model, tmp_path, capsys):
+    """Finite weights whose products are not: nothing of it is reported as a video."""
+    bundle = load(model)
+    head = bundle.params["dit"]["head"]["linear"]
+    head["kernel"] = np.sign(head["kernel"]) * np.float32(3e38)
+    save(tmp_path / "broken", bundle, "float32")
+    out = tmp_path / "a.mp4"
+    assert generate(str(tmp_path / "broken"), out, *PROMPTS, "--frames", "53") == 5
+    printed = capsys.readouterr()
+    assert "latents of clip 0" in printed.err and "wrote" not in printed.out
 
 
-def test_other_weights_and_a_damaged_state_are_refused(model, tmp_path, capsys):
+def test_nan_stops_at_its_clip_and_keeps_the_ones_before(model, tmp_path, capsys):
+    """NaN enters by the state: clip 2 begins from it."""
+    args = (*PROMPTS, "--frames", "53")
+    assert generate(model, tmp_path / "whole.mp4", *args) == 0
+    out = tmp_path / "a.mp4"
+    interrupted(model, out, 2, *args)
+    good = state_path(out).read_bytes()
+    arrays, meta = load_arrays(state_path(out))
+    arrays["condition"] = np.full_like(arrays["condition"], np.nan)
+    save_arrays(state_path(out), arrays, meta)
+    damaged = state_path(out).read_bytes()
+    assert main(["generate", "--resume", "--out", str(out)]) == 5
+    err = capsys.readouterr().err.strip().splitlines()
+    assert "latents of clip 2" in err[-1] and read_video(out)[0].shape[0] == 29
+    assert state_path(out).read_bytes() == damaged  # no state after the clip that failed
+    state_path(out).write_bytes(good)
+    assert main(["generate", "--resume", "--out", str(out)]) == 0
+    assert out.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_resume_takes_the_settings_of_the_run_or_none(model, tmp_path, capsys):
+    args = (*PROMPTS, "--frames", "53", "--seed", "2")
+    assert generate(model, tmp_path / "whole.mp4", *args) == 0
+    out = tmp_path / "a.mp4"
+    interrupted(model, out, 1, *args)
+    before = out.read_bytes(), state_path(out).read_bytes()
+    capsys.readouterr()
+    for other, name in (
+        (("--prompt", "the camera pans up", *args[4:]), "prompt"),
+        ((*args, "--steps", "3"), "steps"),
+        ((*args, "--seed", "3"), "seed"),
+        ((*args[:4], "--frames", "41", "--seed", "2"), "frames"),
+        ((*args, "--set", "defaults.shift=5.0"), "shift"),
+        (("--seed", "3"), "prompts"),
+    ):
+        assert generate(model, out, "--resume", *other) == 2
+        err = capsys.readouterr().err.strip()
+        assert name in err and len(err.splitlines()) == 1
+        assert (out.read_bytes(), state_path(out).read_bytes()) == before
+    assert generate(model, out, "--resume", *args) == 0
+    assert out.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    assert generate(model, out, "--resume", *args) == 0
+    assert generate(model, out, "--resume", *args, "--steps", "3") == 2  # complete, but another
+
+
+def test_resume_with_nothing_to_resume(tmp_path, capsys):
+    assert main(["generate", "--resume", "--out", str(tmp_path / "a.mp4")]) == 2
+    assert "no unfinished run" in capsys.readouterr().err
+
+
+def test_resume_refuses_other_weights_and_finds_moved_ones(model, tmp_path, capsys):
+    here, moved = tmp_path / "here", tmp_path / "moved"
+    save(here, load(model))
+    out = tmp_path / "a.mp4"
+    interrupted(str(here), out, 1, *PROMPTS, "--frames", "41")
+    here.rename(moved)
+    other = load(model)
+    head = other.params["dit"]["head"]["linear"]
+    head["kernel"] = head["kernel"] * 2
+    save(tmp_path / "other", other)
+    again = ["generate", "--resume", "--out", str(out)]
+    assert main(again) == 3
+    capsys.readouterr()
+    assert main([*again, "--model", str(tmp_path / "other")]) == 2
+    assert "other weights" in capsys.readouterr().err
+    assert main([*again, "--model", str(moved)]) == 0
+
+
+def test_the_plan_comes_before_the_weights(model, tmp_path, capsys):
+    """With unreadable weights the plan is printed all the same."""
+    shutil.copytree(model, tmp_path / "cut")
+    weights = tmp_path / "cut" / "dit.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert generate(str(tmp_path / "cut"), tmp_path / "a.mp4", *PROMPTS) == 3
+    printed = capsys.readouterr()
+    assert printed.out.startswith("plan: ") and "dit.safetensors" in printed.err
+
+
+def test_runs_whose_files_overlap_exclude_each_other(model, tmp_path, capsys):
+    """A batch to b.mp4 writes b-000.mp4 and b-001.mp4, which another run may hold."""
+    (tmp_path / "prompts.txt").write_text("the camera pans left\na red circle moves up\n")
+    batch = ("--prompt-file", str(tmp_path / "prompts.txt"), "--frames", "5")
+    with lock.hold(tmp_path / "b-001.mp4"):
+        assert generate(model, tmp_path / "b.mp4", *batch) == 7
+        assert "b-001.mp4 is being written" in capsys.readouterr().err
+    with lock.hold(tmp_path / "b.mp4"):
+        assert generate(model, tmp_path / "b.mp4", *batch) == 7
+    interrupted(model, tmp_path / "b.mp4", 1, *batch[:2], "--frames", "41")
+    with lock.hold(tmp_path / "b-000.mp4"):
+        assert main(["generate", "--resume", "--out", str(tmp_path / "b.mp4")]) == 7
+    assert main(["generate", "--resume", "--out", str(tmp_path / "b.mp4")]) == 0
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_a_json_file_of_the_user_is_not_touched(model, tmp_path, capsys):
+    (tmp_path / "a.json").write_text('{"mine": 1}')
+    out = tmp_path / "a.mp4"
+    assert generate(model, out, *PROMPTS, "--frames", "5") == 0
+    card_path(out).write_text('{"mine": 2}')
+    assert generate(model, out, *PROMPTS, "--frames", "5", "--overwrite") == 2
+    assert "a.mp4.json" in capsys.readouterr().err
+    assert (tmp_path / "a.json").read_text() == '{"mine": 1}'
+    assert card_path(out).read_text() == '{"mine": 2}'
+
+
+def test_a_damaged_state_is_refused(model, tmp_path, capsys):
     out = tmp_path / "a.mp4"
     interrupted(model, out, 1, *PROMPTS, "--frames", "53")
     state = bytearray(state_path(out).read_bytes())

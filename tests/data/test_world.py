@@ -81,13 +81,14 @@ def test_a_frozen_or_shuffled_clip_fools_no_judge():
 
 
 def test_prompts_become_ids_and_unknown_words_are_named():
-    ids, unknown = encode("The camera pans left over a landscape, a red circle moves up")
-    assert ids.shape == (MAX_WORDS,) and not unknown
+    ids, unknown, cut = encode("The camera pans left over a landscape, a red circle moves up")
+    assert ids.shape == (MAX_WORDS,) and not unknown and not cut
     assert ids[0] == VOCABULARY["camera"] and ids[8] == VOCABULARY["up"]
-    ids, unknown = encode("a crimson dragoon ÄÖ 猫")
+    ids, unknown, _ = encode("a crimson dragoon ÄÖ 猫")
     assert ids.sum() == 0 and {w for w, _ in unknown} == {"crimson", "dragoon", "äö", "猫"}
     assert all(near for _, near in unknown)
-    assert encode("left " * 40)[0].all()
+    long = encode("left " * 15 + "the camera pans up")  # as many words as fit, and two more
+    assert long.ids.all() and long.cut == ["pans", "up"]
 
 
 def test_every_prompt_of_the_world_is_inside_the_vocabulary():
@@ -97,7 +98,7 @@ def test_every_prompt_of_the_world_is_inside_the_vocabulary():
 
 
 def test_clips_overlap_by_the_given_frames_and_the_store_resumes(tmp_path):
-    frames, ids = render(2, 3)
+    frames, ids, _ = render(2, 3)
     assert frames.shape == (3, CLIP_FRAMES, 64, 64, 3) and ids.shape == (3, MAX_WORDS)
     np.testing.assert_array_equal(frames[1, :GIVEN], frames[0, -GIVEN:])
     store = ClipStore(tmp_path, 3, clips=2)

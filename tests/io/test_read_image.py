@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from lvjax.core.errors import InputError
-from lvjax.io.image import fit_image, fit_video, read_image
+from lvjax.io.image import fit_image, read_image
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -274,4 +274,3 @@ def test_fit_covers_and_keeps_the_centre(shape):
 def test_fit_keeps_an_image_of_the_right_size_exactly():
     want = PICTURE.astype(np.float32) / np.float32(127.5) - np.float32(1)
     np.testing.assert_array_equal(fit_image(PICTURE, (24, 40)), want)
-    np.testing.assert_array_equal(fit_video(PICTURE[None], (24, 40)), want[None])

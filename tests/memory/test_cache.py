@@ -3,32 +3,25 @@
 updated in place.
 """
 
+import re
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lvjax.core.errors import InputError
+from lvjax.core.mesh import make_mesh
 from lvjax.core.params import init
 from lvjax.memory.cache import Past, commit, init_cache, open_past
-from lvjax.models.config import DiTConfig
 from lvjax.models.dit import dit, dit_spec, embed_context
 from lvjax.nn.rope import axis_pairs, grid_table, rotate
+from tests.tiny import SMALL_DIT
 
-CFG = DiTConfig(
-    dim=24,
-    num_heads=2,
-    num_layers=4,
-    ffn_dim=32,
-    in_channels=4,
-    out_channels=4,
-    text_dim=8,
-    text_len=4,
-    freq_dim=16,
-    dtype="float32",
-)
+CFG = replace(SMALL_DIT, dim=24, num_layers=4, condition_channels=0, text_len=4)
 GRID, CLIP, MEMORY = (2, 3), 2, (2, 4)  # tokens per frame, frames per clip, layers with memory
 TOKENS = CLIP * GRID[0] * GRID[1]
 TIMES = (0.0, 130.5, 700.0)
@@ -158,77 +151,86 @@ def one_clip(params, cache, latents, timestep, context, slot, frames, visible):
     return velocity, commit(cache, past, keys, slot, frames)
 
 
-# Frame slots per clip of a cache with 6 or 4 slots, and what each clip sees; the ring overwrites
-# clip 0.
+# Frame slots of the clips in a cache of 6 slots, what each clip sees, and the frames held at last.
+# The rows of one batch: the ring overwrites clip 0.
 CASES = {
-    "all": (6, (0, 2, 4), [[1, 0, 0], [1, 1, 0], [1, 1, 1]]),
-    "selected": (6, (0, 2, 4), [[1, 0, 0], [0, 1, 0], [1, 0, 1]]),
-    "ring": (4, (0, 2, 0), [[1, 0, 0], [1, 1, 0], [0, 1, 1]]),
+    "all": ((0, 2, 4), [[1, 0, 0], [1, 1, 0], [1, 1, 1]], [0, 1, 2, 3, 4, 5]),
+    "selected": ((4, 0, 2), [[1, 0, 0], [0, 1, 0], [1, 0, 1]], [2, 3, 4, 5, 0, 1]),
+    "ring": ((0, 2, 0), [[1, 0, 0], [1, 1, 0], [0, 1, 1]], [4, 5, 2, 3, -1, -1]),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_cached_clips_equal_one_masked_pass(case):
-    slots, starts, sees = CASES[case]
-    sees, params, rng = np.array(sees, bool), random_params(), np.random.default_rng(1)
-    video = rng.normal(size=(3 * CLIP, 4, 6, 4)).astype(np.float32)
-    text = rng.normal(size=(3, 8)).astype(np.float32)
-    wanted = full_pass(params, video.astype(np.float64), np.repeat(TIMES, CLIP), text, sees)
-    context = jax.jit(lambda p, t: embed_context(p, t, CFG))(params, text[None])
-    cache = init_cache(CFG, 1, slots, GRID, MEMORY)
-    held = {}
-    for i, start in enumerate(starts):
-        held[start] = i
-        visible = np.zeros(slots, bool)
-        for at, clip in held.items():
-            visible[at : at + CLIP] = sees[i, clip]
+def test_cached_clips_equal_one_masked_pass():
+    starts, sees, last = (np.array(column) for column in zip(*CASES.values(), strict=True))
+    params, rng, rows = random_params(), np.random.default_rng(1), len(CASES)
+    video = rng.normal(size=(rows, 3 * CLIP, 4, 6, 4)).astype(np.float32)
+    text = rng.normal(size=(rows, 3, 8)).astype(np.float32)
+    wanted = [
+        full_pass(params, v.astype(np.float64), np.repeat(TIMES, CLIP), t, s.astype(bool))
+        for v, t, s in zip(video, text, sees, strict=True)
+    ]
+    context = jax.jit(lambda p, t: embed_context(p, t, CFG))(params, text)
+    cache = init_cache(CFG, rows, 6, GRID, MEMORY)
+    held = np.full((rows, 6), -1)  # the clip in each frame slot
+    for i, start in enumerate(starts.T.astype(np.int32)):
+        held[np.arange(rows)[:, None], start[:, None] + np.arange(CLIP)] = i
+        seen = np.take_along_axis(sees[:, i], held, axis=1)
         frames = np.arange(i * CLIP, (i + 1) * CLIP, dtype=np.int32)
-        clip, time = video[None, frames], np.array([TIMES[i]], np.float32)
-        got, cache = one_clip(params, cache, clip, time, context, np.int32(start), frames, visible)
-        error = np.linalg.norm(got[0] - wanted[frames]) / np.linalg.norm(wanted[frames])
-        assert error < 1e-5, (i, error)
+        time = np.full(rows, TIMES[i], np.float32)
+        visible = (held >= 0) & (seen == 1)
+        got, cache = one_clip(
+            params, cache, video[:, frames], time, context, start, frames, visible
+        )
+        for name, row, want in zip(CASES, got, wanted, strict=True):
+            error = np.linalg.norm(row - want[frames]) / np.linalg.norm(want[frames])
+            assert error < 1e-5, (name, i, error)
     assert int(cache.next_frame) == 3 * CLIP
-    assert cache.frame.tolist() == ([4, 5, 2, 3] if case == "ring" else list(range(6)))
+    np.testing.assert_array_equal(cache.frame, last)
 
 
 def test_commit_then_open_gives_back_the_same_memory():
     cache = init_cache(CFG, 2, 4, GRID, MEMORY)
-    assert cache.frame.tolist() == [-1] * 4 and cache.k.shape == (2, 2, 24, 2, 12)
+    assert cache.frame.tolist() == [[-1] * 4] * 2 and cache.k.shape == (2, 2, 24, 2, 12)
     rng = np.random.default_rng(0)
     keys, values = (
         jnp.asarray(rng.normal(size=(2, 2, TOKENS, 2, 12)).astype(np.float32)) for _ in range(2)
     )
-    frames = np.array([70_000, 70_001], np.int32)
+    frames, slot = np.array([70_000, 70_001], np.int32), jnp.array([2, 0], jnp.int32)
+    seen = jnp.array([[False, False, True, True], [True, True, False, False]])
 
     @jax.jit
     def cycle(cache):
-        past = open_past(cache, rotation, 2)
+        past = open_past(cache, rotation, slot)
         past = past.write(0, keys[0], values[0]).write(1, keys[1], values[1])
-        cache = commit(cache, past, keys, 2, frames)
-        return cache, open_past(cache, rotation, 0, jnp.array([False, False, True, True]))
+        cache = commit(cache, past, keys, slot, frames)
+        return cache, open_past(cache, rotation, 0, seen)
 
     cache, past = cycle(cache)
-    np.testing.assert_array_equal(cache.k[:, :, TOKENS:], keys)
-    np.testing.assert_array_equal(cache.v[:, :, TOKENS:], values)
-    assert not np.asarray(cache.k[:, :, :TOKENS]).any()
-    assert cache.frame.tolist() == [-1, -1, 70_000, 70_001] and int(cache.next_frame) == 70_002
+    own, other = (slice(TOKENS, None), slice(TOKENS)), (slice(TOKENS), slice(TOKENS, None))
     wanted = jax.jit(lambda k: rotate(k, rotation(frames)))(keys[1])
-    np.testing.assert_allclose(past.k[1, :, TOKENS:], wanted, atol=1e-6)
-    assert past.visible.tolist() == [False] * TOKENS + [True] * TOKENS
-    assert int(past.start) == 0 and past.layers == MEMORY
+    for row in range(2):
+        np.testing.assert_array_equal(cache.k[:, row, own[row]], keys[:, row])
+        np.testing.assert_array_equal(cache.v[:, row, own[row]], values[:, row])
+        assert not np.asarray(cache.k[:, row, other[row]]).any()
+        np.testing.assert_allclose(past.k[1, row, own[row]], wanted[row], atol=1e-6)
+        assert past.visible[row, own[row]].all() and not past.visible[row, other[row]].any()
+    assert cache.frame.tolist() == [[-1, -1, 70_000, 70_001], [70_000, 70_001, -1, -1]]
+    assert int(cache.next_frame) == 70_002
+    assert past.start.tolist() == [0, 0] and past.layers == MEMORY
 
 
 @pytest.mark.parametrize("layers", ((0, 8), (4, 8)), ids=("all_layers", "latter_half"))
 def test_a_pass_updates_the_donated_memory_in_place(layers):
-    cfg = DiTConfig(**{**vars(CFG), "num_layers": 8})
-    size, slots = layers[1] - layers[0], 512 * 6
+    cfg = replace(CFG, num_layers=8)
+    size, rows, slots = layers[1] - layers[0], 2, 256 * 6
     params = jax.eval_shape(lambda k: init(dit_spec(cfg), k), jax.random.key(0))
     array = jax.ShapeDtypeStruct
-    memory = array((size, 1, slots, cfg.num_heads, cfg.head_dim), jnp.float32)
-    past = Past(memory, memory, array((), jnp.int32), array((slots,), jnp.bool_), layers)
-    text = array((8, 1, 4, cfg.num_heads, cfg.head_dim), jnp.float32)
+    memory = array((size, rows, slots, cfg.num_heads, cfg.head_dim), jnp.float32)
+    place = array((rows,), jnp.int32), array((rows, slots), jnp.bool_)
+    past = Past(memory, memory, *place, layers)
+    text = array((8, rows, 4, cfg.num_heads, cfg.head_dim), jnp.float32)
     context = jax.eval_shape(
-        lambda p, t: embed_context(p, t, cfg), params, array((1, 4, 8), jnp.float32)
+        lambda p, t: embed_context(p, t, cfg), params, array((rows, 4, 8), jnp.float32)
     )
     assert context.k.shape == text.shape
 
@@ -236,9 +238,13 @@ def test_a_pass_updates_the_donated_memory_in_place(layers):
         velocity, past, _ = dit(params, latents, timestep, context, cfg, past=past)
         return velocity, past
 
-    latents, timestep = array((1, CLIP, 4, 6, 4), jnp.float32), array((1,), jnp.float32)
+    latents, timestep = array((rows, CLIP, 4, 6, 4), jnp.float32), array((rows,), jnp.float32)
     lowered = jax.jit(run, donate_argnums=0).lower(past, params, latents, timestep, context)
-    used = lowered.compile().memory_analysis()
+    compiled = lowered.compile()
+    used = compiled.memory_analysis()
+    whole = ",".join(str(n) for n in memory.shape)
+    assert f"f32[{whole}]" in compiled.as_text()
+    assert not re.search(rf"f32\[{whole}\]\S* (copy|transpose)\(", compiled.as_text())
     memory_bytes = 2 * memory.size * 4
     assert used.alias_size_in_bytes >= 0.99 * memory_bytes
     # One layer is read at a time (keys and values, once more transposed for the products): no copy
@@ -260,11 +266,32 @@ def test_donated_buffers_are_reused():
     assert (after.k.unsafe_buffer_pointer(), after.v.unsafe_buffer_pointer()) == before
 
 
+def test_rows_on_different_devices_exchange_nothing():
+    mesh = make_mesh(data=8)
+    rows, deep = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), (None, "data")))
+    cache = init_cache(CFG, 8, 4, GRID, MEMORY)
+    everywhere = jax.device_put(cache.next_frame, NamedSharding(mesh, PartitionSpec()))
+    k, v = jax.device_put((cache.k, cache.v), deep)
+    cache = cache.replace(k=k, v=v, frame=jax.device_put(cache.frame, rows), next_frame=everywhere)
+    place = jnp.arange(8, dtype=jnp.int32) % 3, jnp.ones((8, 4), bool)
+
+    def cycle(cache, slot, visible, keys):
+        past = open_past(cache, rotation, slot, visible).write(0, keys[0], keys[0])
+        return commit(cache, past, keys, slot, np.arange(2)), past.read(0)
+
+    given = *jax.device_put(place, rows), jax.device_put(jnp.ones((2, 8, TOKENS, 2, 12)), deep)
+    text = jax.jit(cycle, donate_argnums=0).lower(cache, *given).compile().as_text()
+    assert "scatter" in text
+    assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", text)
+
+
 def test_wrong_sizes_are_refused():
     with pytest.raises(InputError, match="inside 0..4"):
         init_cache(CFG, 1, 4, GRID, (2, 5))
     cache = init_cache(CFG, 1, 4, GRID, MEMORY)
     with pytest.raises(InputError, match="axis F must be 4"):
-        open_past(cache, rotation, 0, jnp.ones(24, bool))
+        open_past(cache, rotation, 0, jnp.ones((1, 24), bool))
+    with pytest.raises(InputError, match="axis B must be 1"):
+        open_past(cache, rotation, 0, jnp.ones((2, 4), bool))
     with pytest.raises(InputError, match="2 frames"):
         commit(cache, open_past(cache, rotation, 0), jnp.ones((2, 1, 6, 2, 12)), 0, np.arange(2))

@@ -15,7 +15,9 @@ from lvjax.memory.placement import (
     last,
     next_slot,
     nothing,
+    place_rows,
     plan_bank,
+    plan_rows,
 )
 
 
@@ -184,6 +186,55 @@ def test_other_policies():
     assert run(e, 4, select=last(2))[0][9].selected == [8, 7]
     assert plan_bank(e, 4, select=nothing()).visible.sum() == 10
     assert by_prompt(2)(np.array([4, 7, 9]), np.array([1, 3, 3])) == [1, 2]
+
+
+STORIES = np.random.default_rng(3).integers(0, 8, (3, 24))
+
+
+def placed(stories, capacity=3):
+    """Slots [K, B] and visible [K, B, capacity] of a batch of stories [B, K]."""
+    embeddings = np.stack([timeline(s) for s in stories], axis=1)
+    banks = [init_bank(capacity, embeddings.shape[2])] * len(stories)
+    return tuple(map(np.stack, zip(*place_rows(banks, embeddings), strict=True)))
+
+
+def changed_before(place, clip):
+    """Whether another prompt at `clip` changes the places of the clips before it."""
+    other = STORIES.copy()
+    other[:, clip] = (other[:, clip] + 1) % 8
+    return any(
+        (a[:clip] != b[:clip]).any() for a, b in zip(place(STORIES), place(other), strict=True)
+    )
+
+
+def test_a_later_prompt_changes_nothing_before_it():
+    def planned(stories):
+        embeddings = np.stack([timeline(s) for s in stories], axis=1)
+        return tuple(map(np.stack, zip(*plan_rows(embeddings, 3), strict=True)))
+
+    assert not any(changed_before(placed, clip) for clip in range(1, 24))
+    assert any(changed_before(planned, clip) for clip in range(1, 24))  # a plan looks ahead
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_a_row_of_a_batch_has_the_places_that_it_has_alone(row):
+    for whole, alone in zip(placed(STORIES), placed(STORIES[row : row + 1]), strict=True):
+        np.testing.assert_array_equal(whole[:, row], alone[:, 0])
+    assert (placed(STORIES)[0][:, 0] != placed(STORIES)[0][:, 1]).any()
+
+
+def test_a_clip_is_placed_before_the_next_is_asked_for():
+    asked = []
+
+    def endless():
+        while True:
+            asked.append(len(asked))
+            yield timeline([len(asked) % 8])
+
+    places = place_rows([init_bank(2, 8)], endless())
+    slot, visible = next(places)
+    assert asked == [0] and slot.tolist() == [0] and visible.tolist() == [[True, False]]
+    assert slot.dtype == np.int32 and visible.dtype == bool
 
 
 def test_bad_input_is_refused():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Properties of the transformer that need no reference implementation."""
 
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -12,24 +13,10 @@ from lvjax.core.errors import InputError
 from lvjax.core.mesh import RULES
 from lvjax.core.params import count, flatten, init
 from lvjax.models import config
-from lvjax.models.config import DiTConfig
 from lvjax.models.dit import dit, dit_spec, embed_context
 from lvjax.nn.embed import patchify, sinusoid, unpatchify
 from lvjax.nn.linear import linear
-
-CFG = DiTConfig(
-    dim=48,
-    num_heads=2,
-    num_layers=2,
-    ffn_dim=64,
-    in_channels=4,
-    out_channels=4,
-    condition_channels=3,
-    text_dim=8,
-    text_len=6,
-    freq_dim=16,
-    dtype="float32",
-)
+from tests.tiny import SMALL_DIT as CFG
 
 
 @cache
@@ -126,7 +113,7 @@ def test_text_is_padded_with_zeros_before_the_mlp():
 
 def test_bfloat16_is_near_float32():
     params, *arrays = setup()
-    half = DiTConfig(**{**vars(CFG), "dtype": "bfloat16"})
+    half = replace(CFG, dtype="bfloat16")
     out = program(cfg=half)(params, *arrays)
     assert out.dtype == jnp.float32
     assert relative(out, program()(params, *arrays)) < 3e-2

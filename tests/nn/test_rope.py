@@ -92,3 +92,17 @@ def test_only_differences_of_position_matter():
         return float((turned[0] * turned[1]).sum())
 
     assert abs(score(3, 10) - score(1_000_003, 1_000_010)) < 1e-4
+
+
+def test_rows_with_their_own_frames():
+    frames = np.array([[4, 900], [65_536, -1]], np.int32)
+    many = grid_table(frames, 2, 3, 24)
+    assert many[0].shape == (2, 12, 1, 12)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, 3, 24)).astype(np.float32))
+    turned, heads = rotate(x, many), head_tables(frames, 2, 3, turns(24, np.array([1e4, 9e3])))
+    for row, own in enumerate(frames):
+        one = grid_table(own, 2, 3, 24)
+        np.testing.assert_array_equal(many[0][row], one[0])
+        np.testing.assert_array_equal(turned[row], rotate(x[row : row + 1], one)[0])
+        alone = head_tables(own, 2, 3, turns(24, np.array([1e4, 9e3])))
+        np.testing.assert_array_equal(heads[1][row], alone[1])

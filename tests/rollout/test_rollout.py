@@ -50,6 +50,8 @@ SETTINGS = ErrorFree(
     fill="latent",
 )
 SIZE = (T, SIDE // 4, SIDE // 4, VAE.z)
+PAIR = ("ABA", "ABA")  # scenes of the clips, per row; the bank has a slot for each
+OWN = ("AABBACCADA", "ABCADBDCBA", "DCBAABCDDA")  # every row evicts, each other clips
 
 
 def relative(a, b):
@@ -102,17 +104,20 @@ def embed(text):
 
 
 @cache
-def inputs(batch=2, clips=3):
-    """(first condition, keys, the clips' inputs stacked) of a story A B A whose bank has a slot for
-    each."""
-    draw = np.random.default_rng(0)
+def inputs(stories=PAIR):
+    """(first condition, keys, the clips' inputs in order), a story per row."""
+    draw, batch = np.random.default_rng(0), len(stories)
     image = jnp.asarray(draw.uniform(-1, 1, (batch, SIDE, SIDE, 3)), jnp.float32)
     first = first_condition(toy_encode, image, (batch, *SIZE))
-    text = jnp.asarray(draw.standard_normal((2, batch, 4, 8)), jnp.float32)
-    plan = plan_bank(np.eye(2)[np.arange(clips) % 2], CAPACITY, max_selected=1)
+    text = jnp.asarray(draw.standard_normal((4, batch, 4, 8)), jnp.float32)
+    scenes = np.array([["ABCD".index(s) for s in story] for story in stories])
+    plans = [plan_bank(np.eye(4)[row], CAPACITY, max_selected=1) for row in scenes]
+    slot, visible = (
+        jnp.stack([jnp.asarray(getattr(p, name)) for p in plans], 1) for name in ("slot", "visible")
+    )
     given = [
-        Clip(embed(text[i % 2]), jnp.asarray(plan.slot[i]), jnp.asarray(plan.visible[i]))
-        for i in range(clips)
+        Clip(embed(text[now, np.arange(batch)]), slot[i], visible[i])
+        for i, now in enumerate(scenes.T)
     ]
     return first, jax.random.split(jax.random.key(7), batch), given
 
@@ -121,8 +126,8 @@ def stacked(clips):
     return jax.tree.map(lambda *a: jnp.stack(a), *clips)
 
 
-def start(built=None, frame=0):
-    first, keys, _ = inputs()
+def start(built=None, frame=0, stories=PAIR):
+    first, keys, _ = inputs(stories)
     state = (built or method()).init(first, keys)
     return state.replace(next_frame=jnp.array(frame, jnp.int32))
 
@@ -136,8 +141,8 @@ def live(state, clips, built=None):
 
 
 @cache
-def reference():
-    return live(start(), inputs()[2])
+def reference(stories=PAIR):
+    return live(start(stories=stories), inputs(stories)[2])
 
 
 def test_scan_equals_stream_and_a_saved_state_resumes_bit_for_bit():
@@ -161,35 +166,41 @@ def test_scan_equals_stream_and_a_saved_state_resumes_bit_for_bit():
         assert relative(after[:, :2], code(weights()["vae"], video[:, -5:])) <= 1e-6
 
 
+def take_rows(clip, rows):
+    """The clip of a batch made of `rows` of this one; contexts have the rows without a prompt
+    behind those with it."""
+    both = np.concatenate([rows, len(clip.slot) + rows])
+    context = jax.tree.map(partial(jnp.take, indices=both, axis=1), clip.context)
+    return Clip(context, clip.slot[rows], clip.visible[rows])
+
+
 def test_rows_of_a_batch_run_singly():
-    first, keys, clips = inputs()
-    for row in range(2):
-        one = slice(row, row + 1)
-        state = method().init(first[one], keys[one])
-        both = np.array([row, 2 + row])  # with the prompt, without it
-        mine = [
-            c.replace(context=jax.tree.map(partial(jnp.take, indices=both, axis=1), c.context))
-            for c in clips
-        ]
-        state, outs = live(state, mine)
-        for (latents, frames), (many, video) in zip(outs, reference()[1], strict=True):
-            assert relative(latents, many[one]) <= 1e-5 and relative(frames, video[one]) <= 1e-5
-        assert relative(state.cache.k, reference()[0].cache.k[:, [row, 2 + row]]) <= 1e-5
+    """Ten clips in a bank of three: what a row evicts does not depend on the rows beside it."""
+    first, keys, clips = inputs(OWN)
+    assert len(np.unique([c.slot for c in clips], axis=1).T) == 3
+    end, many = reference(OWN)
+    for row in range(3):
+        one = np.array([row])
+        alone = method().init(first[one], keys[one])
+        state, outs = live(alone, [take_rows(c, one) for c in clips])
+        for (latents, frames), (batch, video) in zip(outs, many, strict=True):
+            assert relative(latents, batch[one]) <= 1e-5 and relative(frames, video[one]) <= 1e-5
+        assert relative(state.cache.k, end.cache.k[:, [row, 3 + row]]) <= 1e-5
+        np.testing.assert_array_equal(state.cache.frame, end.cache.frame[[row, 3 + row]])
+    assert len(np.unique(end.cache.frame[:3], axis=0)) == 3
 
 
 def test_a_batch_sharded_over_devices():
-    """Eight rows on eight devices give what the two rows that they repeat gave on one."""
-    first, keys, clips = inputs()
-    rows = np.array([0, 1, 1, 0, 0, 1, 0, 1])
+    """Eight rows on eight devices give what the three rows that they repeat gave on one, after
+    evictions too."""
+    first, keys, clips = inputs(OWN)
+    rows = np.array([0, 1, 2, 0, 2, 1, 0, 1])
     mesh, built = make_mesh(data=8), method()
-    spread = NamedSharding(mesh, PartitionSpec(None, "data"))
-    both = np.concatenate([rows, 2 + rows])
-    clips = [
-        jax.device_put(c, NamedSharding(mesh, PartitionSpec())).replace(
-            context=jax.tree.map(lambda a: jax.device_put(a[:, both], spread), c.context)
-        )
-        for c in clips[:2]
-    ]
+    leading, spread = (
+        NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), (None, "data"))
+    )
+    clips = [take_rows(c, rows) for c in clips[:6]]
+    clips = [jax.device_put(c, Clip(spread, leading, leading)) for c in clips]
     built = built._replace(step=jax.device_put(built.step, NamedSharding(mesh, PartitionSpec())))
     state = shard_state(built.init(first[rows], keys[rows]), mesh)
     before, outs = _step._cache_size(), []
@@ -197,25 +208,33 @@ def test_a_batch_sharded_over_devices():
         state, outs = after, [*outs, out]
     assert _step._cache_size() == before + 1  # the layout is kept
     assert state.cache.k.sharding.spec == spread.spec
-    for (latents, frames), (two, video) in zip(outs, reference()[1], strict=False):
+    assert state.cache.frame.sharding.spec == leading.spec
+    for (latents, frames), (three, video) in zip(outs, reference(OWN)[1], strict=False):
         assert "data" in latents.sharding.spec and "data" in frames.sharding.spec
-        assert relative(latents, two[rows]) <= 1e-5 and relative(frames, video[rows]) <= 1e-5
+        assert relative(latents, three[rows]) <= 1e-5 and relative(frames, video[rows]) <= 1e-5
 
 
-@pytest.mark.parametrize("frame", [1020, 65_536])
+# Latent frames 1023 to 1027, and 65,536 to 65,540: clips of three, one frame apart.
+FAR = [1023, 65_536]
+
+
+@pytest.mark.parametrize("frame", FAR)
 def test_relative_positions_are_bit_equal_anywhere(frame):
     built = method("relative")
     low = live(start(built), inputs()[2], built)[1]
     far_state, far = live(start(built, frame), inputs()[2], built)
     assert all(np.all(np.isfinite(a)) for a in jax.tree.leaves(far))
     same(far, low)
-    assert far_state.next_frame == frame + 3 and far_state.cache.frame.min() == frame
+    held = set(range(frame, frame + 5))
+    assert far_state.next_frame == frame + 3 and set(far_state.cache.frame.ravel()) == held
 
 
-@pytest.mark.parametrize("frame", [1020, 65_536])
+@pytest.mark.parametrize("frame", FAR)
 def test_absolute_positions_are_finite_and_close(frame):
-    for got, want in zip(live(start(frame=frame), inputs()[2])[1], reference()[1], strict=True):
-        assert np.all(np.isfinite(got[0])) and relative(got[0], want[0]) <= 1e-3
+    far_state, far = live(start(frame=frame), inputs()[2])
+    assert set(far_state.cache.frame.ravel()) == set(range(frame, frame + 5))
+    for got, want in zip(far, reference()[1], strict=True):
+        assert all(np.all(np.isfinite(a)) for a in got) and relative(got[0], want[0]) <= 1e-3
 
 
 def test_the_state_is_donated_whole():
@@ -249,7 +268,7 @@ def brute_force(params, latents, cond, context, frames, past_kv):
     zeros = jnp.zeros((MEMORY[1] - MEMORY[0], 4, own, 2, 16))
     ks = [jax.vmap(lambda x, f=f: rotate(x, grid_table(f, 2, 2, 16)))(k) for k, _, f in past_kv]
     k, v = (jnp.concatenate([*old, zeros], 2) for old in (ks, [v for _, v, _ in past_kv]))
-    past = Past(k, v, jnp.int32(k.shape[2] - own), None, MEMORY)
+    past = Past(k, v, jnp.full((4,), k.shape[2] - own, jnp.int32), None, MEMORY)
     x, c = (jnp.concatenate([a, a]) for a in (latents, cond))
     rotation = grid_table(frames, 2, 2, 16)
     _, past, keys = dit(
@@ -262,9 +281,10 @@ def test_the_bank_holds_what_a_brute_force_forward_gives():
     """Clip 2 (scene A again) sees clip 0 and itself, not clip 1; the bank's slots hold their clean
     keys and values."""
     state, outs = reference()
-    assert state.cache.frame.tolist() == [0, 1, 2, 1, 2, 3, 2, 3, 4] and state.next_frame == 3
+    assert state.cache.frame.tolist() == [[0, 1, 2, 1, 2, 3, 2, 3, 4]] * 4
+    assert state.next_frame == 3
     first, _, clips = inputs()
-    assert clips[2].visible.tolist() == [True, False, True]
+    assert clips[2].visible.tolist() == [[True, False, True]] * 2
     conditions = [first] + [condition(toy_encode, frames[:, -5:], (2, *SIZE)) for _, frames in outs]
     memory = []
     for i, seen in enumerate([[], [0], [0]]):

@@ -212,7 +212,7 @@ def test_the_card_does_not_depend_on_when_it_was_made():
 
 STOP = """
 import time
-from lvjax.run.signals import stoppable
+from lvjax.core.signals import stoppable
 with stoppable() as stop:
     print("ready", flush=True)
     for _ in range(600):

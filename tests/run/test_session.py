@@ -3,7 +3,9 @@
 works.
 """
 
+import dataclasses
 import math
+from functools import partial
 
 import jax
 import numpy as np
@@ -11,8 +13,10 @@ import pytest
 
 import lvjax
 from lvjax.core.errors import CheckpointError, InputError, NonFiniteError
+from lvjax.data.prompts import encode
+from lvjax.models.pocket_text import encode_text
 from lvjax.run.bundle import load, save
-from lvjax.run.session import check_frames, check_timeline, frame_count
+from lvjax.run.session import _check_finite, _pooled, check_frames, check_timeline, frame_count
 from tests.tiny import tiny_bundle
 
 PROMPT = "the camera pans left over a landscape"
@@ -77,10 +81,86 @@ def test_batch_rows_equal_single_runs(bundle):
 def test_a_batch_is_spread_over_the_devices(bundle):
     prompts = [[PROMPT]] * 7 + [["a red circle moves up"]]
     session = lvjax.prepare(bundle, prompts, num_frames=29)
-    assert len(session.state.condition.sharding.device_set) == 8
+    assert len(session.state().condition.sharding.device_set) == 8
     latents = np.stack([np.asarray(c.latents) for c in session.run()])
     last = lvjax.generate(bundle, prompts[:1], num_frames=29)
     np.testing.assert_allclose(latents[:, :1], last.latents, atol=1e-5, rtol=1e-5)
+
+
+STORY = np.random.default_rng(3).integers(0, 6, 24)
+PROMPTS = [f"a {colour} circle moves up" for colour in ("red", "green", "blue", "cyan")] + [
+    "the camera pans left over a landscape",
+    "the camera zooms in",
+]
+
+
+def places(bundle, *stories, start=0):
+    """Slots [K, B] and visible [K, B, capacity] of a session whose clip i follows prompt story[i]
+    in each row; nothing is sampled.
+    """
+    begins = [0.0] + [(17 + 12 * i) / 8 for i in range(len(stories[0]) - 1)]
+    rows = [[(t, PROMPTS[p]) for t, p in zip(begins, story, strict=True)] for story in stories]
+    session = lvjax.prepare(bundle, rows, num_frames=17 + 12 * (len(begins) - 1))
+    clips = list(session.clips(start))
+    assert len(clips) == len(begins) - start and session.notices == ()
+    return np.stack([c.slot for c in clips]), np.stack([c.visible for c in clips])
+
+
+def remembering(bundle, **defaults):
+    return dataclasses.replace(bundle, defaults=dataclasses.replace(bundle.defaults, **defaults))
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_a_later_prompt_does_not_change_what_earlier_clips_remember(bundle, lookahead):
+    """With lookahead it does, once clips have to go."""
+    few = remembering(bundle, capacity=3, lookahead=lookahead)
+    before, changed = places(few, STORY), False
+    for clip in (8, 15, 23):
+        other = STORY.copy()
+        other[clip:] = (other[clip:] + 1) % 6
+        after = places(few, other)
+        changed |= any((a[:clip] != b[:clip]).any() for a, b in zip(before, after, strict=True))
+    assert changed == lookahead
+
+
+def test_a_row_remembers_what_it_remembers_alone(bundle):
+    few, other = remembering(bundle, capacity=3), STORY[::-1]
+    whole, alone = places(few, STORY, other), places(few, other)
+    np.testing.assert_array_equal(whole[0][:, 1], alone[0][:, 0])
+    np.testing.assert_array_equal(whole[1][:, 1], alone[1][:, 0])
+    assert (whole[0][:, 0] != whole[0][:, 1]).any()
+
+
+def test_a_resumed_session_places_its_clips_as_the_first_did(bundle):
+    few = remembering(bundle, capacity=3)
+    for whole, rest in zip(places(few, STORY), places(few, STORY, start=17), strict=True):
+        np.testing.assert_array_equal(whole[17:], rest)
+
+
+def test_a_session_runs_twice_and_from_the_middle(bundle):
+    session = lvjax.prepare(bundle, PROMPT, num_frames=41)
+    first = next(runs := session.run())
+    state = jax.tree.map(np.asarray, first.state)  # before it is donated
+    rest = [c.frames for c in runs]
+    again = [c.frames for c in session.run()]
+    resumed = [c.frames for c in session.run(session.place(state), 1)]
+    np.testing.assert_array_equal(
+        np.concatenate(again, 1), np.concatenate([first.frames, *rest], 1)
+    )
+    np.testing.assert_array_equal(np.concatenate(resumed, 1), np.concatenate(rest, 1))
+    like = session.abstract_state()
+    assert jax.tree.structure(like) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(like), jax.tree.leaves(state), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def test_padding_does_not_take_part_in_the_choice_of_clips(bundle):
+    pooled = partial(_pooled, bundle.params, text_cfg=bundle.text)
+    ids = np.stack([encode(PROMPT).ids, np.zeros(16, np.int32)])
+    text = encode_text(bundle.params["text"], ids, bundle.text)
+    words = int((ids[0] > 0).sum())
+    expected = np.stack([text[0, :words].sum(0), text[1].sum(0)])
+    np.testing.assert_allclose(pooled(ids), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_key_and_seed_agree_and_callback_is_called(bundle):
@@ -127,10 +207,15 @@ def test_bad_requests_name_the_remedy(bundle, options, message):
 def test_non_finite_weights_stop_the_run_at_the_clip(bundle):
     broken = jax.tree.map(lambda a: a, bundle.params)
     broken["dit"]["head"]["linear"]["bias"] = broken["dit"]["head"]["linear"]["bias"] * np.nan
-    import dataclasses
-
-    with pytest.raises(NonFiniteError, match="clip 0"):
+    with pytest.raises(NonFiniteError, match="latents of clip 0 .* after sampling"):
         lvjax.generate(dataclasses.replace(bundle, params=broken), PROMPT, num_frames=17)
+
+
+def test_non_finite_frames_are_told_from_non_finite_latents():
+    good, bad = np.zeros((2, 1, 4)), np.array([[[0.0] * 4], [[0.0, np.inf, 0.0, 0.0]]])
+    _check_finite(good, good, 7)
+    with pytest.raises(NonFiniteError, match=r"frames of clip 7 .* after decoding \(row 1\)"):
+        _check_finite(good, bad, 7)
 
 
 def test_bundle_round_trip_and_damage(bundle, tmp_path):

@@ -4,14 +4,19 @@ should.
 """
 
 import json
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lvjax.core.checkpoint import load_arrays
 from lvjax.core.errors import CheckpointError, NonFiniteError
 from lvjax.core.params import init
+from lvjax.core.signals import interruptible
 from lvjax.lab.pocket import Stage, latent_batches
 from lvjax.models.dit import dit_spec
 from lvjax.models.pocket_text import text_spec
@@ -64,6 +69,42 @@ def test_a_run_cut_anywhere_equals_the_uninterrupted_one(tmp_path):
         assert [x["loss"] for x in lines] == losses
 
 
+def test_frozen_subtrees_stay_and_the_rest_moves():
+    params = {"a": {"b": jnp.ones(3), "bc": jnp.ones(3)}, "d": jnp.ones(3)}
+    o = TrainOptions(4, 1e-2, 1, weight_decay=0.1)
+    optimizer = make_optimizer(o)
+
+    def squares(p, batch, key):
+        return sum(jnp.square(x).sum() for x in jax.tree.leaves(p)), {}
+
+    step, state = make_step(squares, optimizer, o, ("a/b",)), init_state(params, optimizer)
+    for _ in range(2):
+        state, _ = step(state, jnp.zeros(()))
+    assert (state.params["a"]["b"] == 1).all() and (state.ema["a"]["b"] == 1).all()
+    assert (state.params["a"]["bc"] < 1).all() and (state.params["d"] < 1).all()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_step_and_the_snapshot(tmp_path, number):
+    def signalled(n):
+        if n == 4:
+            signal.raise_signal(number)
+        return batches(n)
+
+    step, state = start()
+    with interruptible():
+        with pytest.raises(KeyboardInterrupt) as e:
+            fit(step, state, signalled, OPTIONS, tmp_path)
+        assert e.value.args == (number,)
+    assert load_arrays(tmp_path / "snapshot.safetensors")[1]["step"] == 5
+
+
+def test_fit_outside_the_main_thread_leaves_signals_alone(tmp_path):
+    step, state = start()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(fit, step, state, batches, OPTIONS, tmp_path).result().step == 12
+
+
 def test_eight_devices_give_the_curve_of_one(tmp_path):
     step, state = start()
     one = fit(step, state, batches, OPTIONS, tmp_path / "one")
@@ -108,7 +149,8 @@ def memory_batch(rng):
     latents = rng.standard_normal((3, 4, 5, 4, 4, 16)).astype(np.float16)
     ids = rng.integers(1, 20, (3, 4, 16)).astype(np.int32)
     stage = Stage("m", 2, 5, TrainOptions(1, 1.0), memory=1)
-    return latent_batches(stage, latents, ids, stride=3)(0)
+    store = SimpleNamespace(ids=ids, objects=np.full((3, 4, 17, 2), np.nan, np.float32))
+    return latent_batches(stage, latents, store, stride=3)(0)
 
 
 def test_memory_batches_hold_earlier_clips():
@@ -146,6 +188,8 @@ def test_extension_loss_ignores_given_frames_and_learns():
     batch = {
         "latents": rng.standard_normal((4, 5, 4, 4, 16)).astype(np.float32),
         "ids": rng.integers(1, 20, (4, 16)).astype(np.int32),
+        "least": np.zeros(4, np.int32),
+        "covered": np.zeros((4, 5, 4, 4), np.float32),
     }
     f = jax.jit(
         jax.value_and_grad(lambda p, k: extension_loss(DIT, TEXT, ExtensionTask())(p, batch, k)[0])

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a work folder was begun with: training goes on in it only by the recipe that it holds.
+
+`recipe.json` in the folder is the recipe of the newest start.  Free to change are the bundle's
+defaults, stages that have not begun, the number of steps upwards, and how often a stage logs and
+saves.  A folder without the file takes the first recipe that comes.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lvjax.core.checkpoint import write_atomic
+from lvjax.core.errors import CheckpointError, InputError
+from lvjax.lab.pocket import Recipe
+
+KINDS = ("autoencoder", "extension", "decoder")
+FREE = ("steps", "save_every", "log_every")  # of a stage's options; steps have a rule of their own
+
+
+def claim(recipe: Recipe, folder) -> None:
+    """Check that `recipe` may go on in `folder`, and keep it there.
+
+    A stage that is done and has more steps now is opened again, unless what it gave is in use.
+    Raises: InputError naming what differs; CheckpointError when the file there is damaged.
+    """
+    folder, now = Path(folder), json.loads(json.dumps(dataclasses.asdict(recipe)))
+    path = folder / "recipe.json"
+    if path.exists():
+        before = _read(path)
+        wrong = [*_differences(_fixed(before), _fixed(now)), *_stages(before, now, folder)]
+        if wrong:
+            raise InputError(
+                f"{folder} was begun with another recipe: {wrong[0]}; go on with the one in "
+                f"{path}, or choose another folder"
+            )
+        for name in _longer(before, now, folder):
+            (folder / name / "done").unlink()
+    write_atomic(path, (json.dumps(now, indent=1) + "\n").encode())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        _ = [stage["options"]["steps"] for kind in KINDS for stage in found[kind]]
+        return found
+    except (ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(
+            f"{path} is not a readable recipe ({type(e).__name__}); remove it to go on with the "
+            "recipe given"
+        ) from e
+
+
+def _fixed(recipe: dict) -> dict:
+    return {k: v for k, v in recipe.items() if k not in (*KINDS, "defaults")}
+
+
+def _differences(was, now, name: str = "") -> Iterator[str]:
+    """ "dit.dim was 256, is 128" for every value that differs; a field that one of the two does
+    not know is of another version, and passes.
+    """
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in [k for k in was if k in now]:
+            yield from _differences(was[key], now[key], f"{name}.{key}" if name else key)
+    elif was != now:
+        yield f"{name} was {was}, is {now}"
+
+
+def _begun(recipe: dict, kind: str, folder: Path) -> list[dict]:
+    return [s for s in recipe[kind] if (folder / s["name"] / "snapshot.safetensors").exists()]
+
+
+def _stages(before: dict, now: dict, folder: Path) -> Iterator[str]:
+    """What differs in the stages that have begun: they come first, in their order."""
+    for kind in KINDS:
+        for i, was in enumerate(_begun(before, kind, folder)):
+            name, new = was["name"], now[kind][i] if i < len(now[kind]) else {"name": "nothing"}
+            if new["name"] != name:
+                yield f"stage {i + 1} of {kind} was {name}, is {new['name']}"
+                continue
+            old_steps, steps = was["options"]["steps"], new["options"]["steps"]
+            if steps < old_steps:
+                yield f"{name}.steps was {old_steps}, is {steps} (it may only grow)"
+            yield from _differences(_without_free(was), _without_free(new), name)
+    for name in _longer(before, now, folder):
+        if _in_use(before, name, folder):
+            yield f"{name} has more steps, but is done and what it gave is in use"
+
+
+def _without_free(stage: dict) -> dict:
+    options = {k: v for k, v in stage["options"].items() if k not in FREE}
+    return {k: v for k, v in stage.items() if k not in ("name", "options")} | options
+
+
+def _longer(before: dict, now: dict, folder: Path) -> list[str]:
+    """Names of the stages that are done and have more steps now."""
+    steps = {s["name"]: s["options"]["steps"] for kind in KINDS for s in before[kind]}
+    new = {s["name"]: s["options"]["steps"] for kind in KINDS for s in now[kind]}
+    return [k for k in steps if new.get(k, 0) > steps[k] and (folder / k / "done").exists()]
+
+
+def _in_use(recipe: dict, name: str, folder: Path) -> bool:
+    """Whether another stage, or the latents, were made from what stage `name` gave."""
+    kind = next(kind for kind in KINDS if name in [s["name"] for s in recipe[kind]])
+    begun = [s["name"] for s in _begun(recipe, kind, folder)]
+    return begun[-1:] != [name] or (kind == "autoencoder" and (folder / "latents.json").exists())

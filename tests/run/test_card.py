@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a card lies, what it may replace, and what counts as one."""
+
+import json
+
+import pytest
+
+from lvjax.core.errors import CheckpointError, InputError
+from lvjax.run import card as cards
+
+
+@pytest.fixture
+def card():
+    return cards.make_card({"seed": 1}, weights={"dit": "x"}, inputs={})
+
+
+def test_a_card_lies_beside_its_video_under_its_whole_name(tmp_path, card):
+    assert cards.card_path(tmp_path / "a.mp4") == tmp_path / "a.mp4.json"
+    cards.write_card(tmp_path / "a.mp4", card)
+    cards.write_card(tmp_path / "a.mp4", card | {"latents": "digest"})
+    assert json.loads((tmp_path / "a.mp4.json").read_text())["latents"] == "digest"
+    (tmp_path / "a.mp4.json").write_text('{"format": "lvjax-card/0"}')
+    cards.write_card(tmp_path / "a.mp4", card)  # an older card is one of ours
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"format": "x"}', '{"format": 1}', "no json"])
+def test_another_file_is_not_replaced(tmp_path, card, text):
+    path = tmp_path / "a.mp4.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match="a.mp4.json") as e:
+        cards.write_card(tmp_path / "a.mp4", card)
+    assert path.read_text() == text and "\n" not in str(e.value)
+
+
+def test_a_model_is_named_so_that_it_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cards.model_place(None) == cards.model_place("pocket") == "pocket"
+    assert cards.model_place("models/a") == str(tmp_path / "models" / "a")
+
+
+@pytest.mark.parametrize("part", ["options", "weights", "inputs", "versions", "format"])
+def test_every_part_of_a_card_is_needed(card, part):
+    assert cards.check_card(card, "a.mp4") == card
+    with pytest.raises(CheckpointError, match="a.mp4"):
+        cards.check_card({k: v for k, v in card.items() if k != part}, "a.mp4")
+    with pytest.raises(CheckpointError, match="a.mp4"):
+        cards.check_card(card | {part: None}, "a.mp4")
