@@ -40,6 +40,14 @@ def continues(ids: np.ndarray) -> np.ndarray:
     return np.concatenate([first, (used[..., 1:, :] == used[..., :-1, :]).all(-1)], axis=-1)
 
 
+def comes_into_view(objects: np.ndarray) -> np.ndarray:
+    """objects float32 [..., P, 2] of clips -> bool [...]: whether the object's centre is outside
+    the picture in the first GIVEN frames and inside it in the last.
+    """
+    inside = ((objects > 0) & (objects < SIZE)).all(-1)
+    return ~inside[..., :GIVEN].any(-1) & inside[..., -1]
+
+
 class Rendered(NamedTuple):
     """Clips of a video.  frames: uint8 [K, P, H, W, 3].  ids: prompts, int32 [K, MAX_WORDS].
     objects: float32 [K, P, 2], the object's centre (x, y) in pixels, nan without one.

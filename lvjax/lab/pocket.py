@@ -27,7 +27,7 @@ import numpy as np
 from lvjax.core.checkpoint import load_arrays, restore_tree, write_atomic
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.core.params import abstract, init
-from lvjax.data.clips import CLIP_FRAMES, ClipStore, continues, coverage
+from lvjax.data.clips import CLIP_FRAMES, ClipStore, comes_into_view, continues, coverage
 from lvjax.data.prompts import VOCABULARY
 from lvjax.data.world import SIZE
 from lvjax.models.config import DiTConfig, VAEConfig
@@ -48,8 +48,9 @@ class Stage:
     frozen: subtrees that do not move, by path.  memory: earlier clips seen (DiT).  given:
       probability of 0, 1, 2, ... given latent frames, None for the recipe's.  first: share of the
       batch that are first clips of a video, beyond their natural share (DiT without memory): there
-      objects come into view, and the prompt alone says which.  object_weight: by how much more the
-      error counts where an object is.
+      objects come into view, and the prompt alone says which.  enters: share of the batch in which
+      an object comes into view.  object_weight: by how much more the error counts where an object
+      is.  shift: of the noise level, None for the recipe's.
     """
 
     name: str
@@ -60,7 +61,9 @@ class Stage:
     memory: int = 0
     given: tuple[float, ...] | None = None
     first: float = 0.0
+    enters: float = 0.0
     object_weight: float = 0.0
+    shift: float | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,15 @@ class Recipe:
             TrainOptions(2200, 1e-3, 50, 0.6, weight_decay=0.01),
             first=0.6,
             object_weight=8.0,
+        ),
+        Stage(
+            "dit_enter",
+            8,
+            5,
+            TrainOptions(3500, 1.2e-3, 50, 0.4, weight_decay=0.01),
+            enters=0.7,
+            object_weight=8.0,
+            shift=4.0,
         ),
         Stage("dit_memory", 8, 5, TrainOptions(700, 4e-4, 50, 0.2, weight_decay=0.01), memory=1),
     )
@@ -356,6 +368,8 @@ def train_extension(recipe: Recipe, run: Run, store: ClipStore, latents: np.ndar
             memory_layers=layers,
             given=stage.given or recipe.task.given,
             object_weight=stage.object_weight,
+            shift=stage.shift or recipe.task.shift,
+            fill=recipe.defaults.fill,
         )
         return extension_loss(recipe.dit, recipe.text, task)
 
@@ -383,12 +397,17 @@ def latent_batches(stage: Stage, latents: np.ndarray, store: ClipStore, stride: 
     ids, objects = (np.asarray(a[: len(latents)]) for a in (store.ids, store.objects))
     least = np.where(continues(ids), 0, latents.shape[2] - stride).astype(np.int32)
     videos, clips = np.nonzero(least < stage.frames)
+    entering = comes_into_view(objects[videos, clips])
 
     def batch(n: int):
         rng = np.random.default_rng([stage.options.seed, stage.memory, n])
         back = _distances(rng, stage.memory, latents.shape[1])
         allowed = np.flatnonzero(clips >= back.max(initial=0))
         pick = allowed[rng.integers(0, len(allowed), stage.batch)]
+        if stage.enters:
+            shown = allowed[entering[allowed]]
+            other = shown[rng.integers(0, len(shown), stage.batch)]
+            pick = np.where(rng.random(stage.batch) < stage.enters, other, pick)
         v, c = videos[pick], clips[pick]
         c = np.where(rng.random(stage.batch) < stage.first, 0, c)
         out = {

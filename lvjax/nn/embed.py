@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sinusoidal timestep features; latents to tokens and back, in Wan's two different orders."""
+"""Sinusoidal features of time steps and places; latents to tokens and back, in Wan's two
+different orders.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,18 @@ def sinusoid(timestep, dim: int):
     rest = (timestep - whole)[..., None] * frequency.astype(np.float32).reshape(last)
     angle = angle + rest
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
+
+
+def cell_waves(h: int, w: int, channels: int) -> np.ndarray:
+    """Where a cell of an h x w picture is, as float32 [h, w, channels] in -1..1.
+
+    With (y, x) in 0..1 from border to border: cos(pi k y), sin(pi k y), cos(pi k x), sin(pi k x)
+    for k = 1, 2, ... channels / 4, rounded up; what is too much is cut off.
+    """
+    y, x = np.meshgrid((np.arange(h) + 0.5) / h, (np.arange(w) + 0.5) / w, indexing="ij")
+    angles = np.pi * np.arange(1, 1 + -(-channels // 4)) * np.stack([y, x], -1)[..., None]
+    waves = np.stack([np.cos(angles), np.sin(angles)], -1)  # [h, w, 2, k, 2]
+    return rearrange(waves, "h w a k s -> h w (k a s)")[..., :channels].astype(np.float32)
 
 
 def patchify(latents, patch: tuple[int, int, int]):

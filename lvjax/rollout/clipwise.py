@@ -25,6 +25,7 @@ from lvjax.core.mesh import partition
 from lvjax.core.shapes import expect
 from lvjax.flow.guidance import doubled, guided
 from lvjax.memory.cache import KVCache, commit, open_past
+from lvjax.nn.embed import cell_waves
 from lvjax.rollout.method import Method
 
 MASK = 4  # mask channels per latent frame: one per pixel frame, all four for the first
@@ -35,6 +36,9 @@ POSITIONS: dict[str, Callable] = {
 }
 """(latent frames int32 [..., F], first frame of the clip) -> frames to rotate by.  "relative" is
 exact at any length."""
+
+FILLS = ("latent", "position", "pixel")
+"""What may stand for frames that are not given: see `condition`."""
 
 
 @struct.dataclass
@@ -125,14 +129,15 @@ def condition(encode: Callable, frames, size: tuple[int, int, int, int, int], fi
     latents.
     Channels: 4 of mask (1 = given; the pixel frames of each latent frame, the first repeated), then
     the latents.
-    fill: latents of what is not given; "latent": zeros; "pixel": mid-grey frames encoded behind the
-    given ones (Wan's image-to-video habit; encodes the whole clip).
+    fill: latents of what is not given; "latent", "position": see `blank`; "pixel": mid-grey frames
+    encoded behind the given ones (Wan's image-to-video habit; encodes the whole clip).
     Raises: InputError for an unknown fill, "pixel" without frames, or more frames than the clip
     has.
     """
-    if fill not in ("latent", "pixel") or (fill == "pixel" and frames is None):
+    if fill not in FILLS or (fill == "pixel" and frames is None):
         raise InputError(
-            f"fill={fill!r} cannot be used here; choose 'latent', or 'pixel' with frames given"
+            f"fill={fill!r} cannot be used here; choose 'latent' or 'position', or 'pixel' with "
+            "frames given"
         )
     b, t, h, w, z = size
     given = 0 if frames is None else frames.shape[1]
@@ -146,11 +151,20 @@ def condition(encode: Callable, frames, size: tuple[int, int, int, int, int], fi
     elif given:
         latents = encode(frames)
     expect(latents, "B T H W C", "condition latents", B=b, H=h, W=w, C=z)
-    latents = jnp.pad(
-        latents.astype(jnp.float32), ((0, 0), (0, t - latents.shape[1]), (0, 0), (0, 0), (0, 0))
-    )
+    rest = (b, t - latents.shape[1], h, w, z)
+    rest = jnp.broadcast_to(blank(fill, rest[2:]), rest)
+    latents = jnp.concatenate([latents.astype(jnp.float32), rest], axis=1)
     mask = (jnp.arange(t) < n).astype(jnp.float32)[None, :, None, None, None]
     return jnp.concatenate([jnp.broadcast_to(mask, (b, t, h, w, MASK)), latents], axis=-1)
+
+
+def blank(fill: str, size: tuple[int, int, int]):
+    """Latents float32 [h, w, z] of a frame that is not given, where no picture stands for it.
+
+    "latent": zeros.  "position": `cell_waves`, so that a token of pure noise knows its place;
+    rotary positions are relative and tell it nothing.
+    """
+    return jnp.asarray(cell_waves(*size)) if fill == "position" else jnp.zeros(size, jnp.float32)
 
 
 def pin(latents, condition):

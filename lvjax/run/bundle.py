@@ -27,7 +27,7 @@ from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.dit import dit_spec
 from lvjax.models.pocket_text import PocketTextConfig, text_spec
 from lvjax.models.vae import vae_spec
-from lvjax.rollout.clipwise import POSITIONS
+from lvjax.rollout.clipwise import FILLS, POSITIONS
 
 PARTS = ("dit", "vae", "text")
 
@@ -58,7 +58,7 @@ ALLOWED = {
         "(low, high) with 0 <= low < high <= 1, for example (0.3, 0.7)",
     ),
     "positions": (lambda x: x in tuple(POSITIONS), f"one of {', '.join(POSITIONS)}"),
-    "fill": (lambda x: x in ("latent", "pixel"), "latent or pixel"),
+    "fill": (lambda x: x in FILLS, f"one of {', '.join(FILLS)}"),
     "capacity": (_whole, "a whole number from 1"),
     "layers": (
         lambda x: x is None or (_pair(x, lambda y: _whole(y, 0)) and x[0] < x[1]),
@@ -94,7 +94,7 @@ class Defaults:
     guidance: float = 2.5
     window: tuple[float, float] = (0.3, 0.7)
     positions: str = "relative"
-    fill: str = "latent"
+    fill: str = "position"
     capacity: int = 6
     layers: tuple[int, int] | None = None
     upscale: int = 6

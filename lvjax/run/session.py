@@ -268,7 +268,7 @@ def _session(bundle: Bundle, request: Request, mesh) -> Session:
             lambda video: _encode_video(bundle.params["vae"], video, bundle.vae),
             source,
             latents,
-            fill=d.fill if source is not None else "latent",
+            fill="latent" if source is None and d.fill == "pixel" else d.fill,
             overlap=d.overlap,
         )
         return method.init(condition, keys)

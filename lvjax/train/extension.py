@@ -18,6 +18,7 @@ from lvjax.models.config import DiTConfig
 from lvjax.models.dit import dit, embed_context
 from lvjax.models.pocket_text import PocketTextConfig, encode_text
 from lvjax.nn.rope import axis_pairs, grid_table
+from lvjax.rollout.clipwise import blank
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class ExtensionTask:
     drop_text: probability of the null prompt.  shift: of the uniform noise level, s·u / (1 + (s -
       1)·u).
     memory_layers: the DiT layers that see earlier clips.  stride: new latent frames per clip.
-    object_weight: by how much more the error counts where an object is.
+    object_weight: by how much more the error counts where an object is.  fill: what stands for
+    frames that are not given, see `rollout.clipwise.blank`.
     """
 
     given: tuple[float, ...] = (0.1, 0.5, 0.4)
@@ -38,21 +40,22 @@ class ExtensionTask:
     memory_layers: tuple[int, int] | None = None
     stride: int = 3
     object_weight: float = 0.0
+    fill: str = "latent"
 
 
-def condition_of(latents, given, noise=None):
+def condition_of(latents, given, fill: str, noise=None):
     """Mask (4 channels, 1 = given) and condition latents of clips whose first `given` int32 [B]
     latent frames are known.
 
-    latents [B, T, H, W, C] -> [B, T, H, W, 4 + C]; unknown frames are zeros; noise, if any, is
-    added to the known ones.
+    latents [B, T, H, W, C] -> [B, T, H, W, 4 + C]; unknown frames are `blank(fill)`; noise, if
+    any, is added to the known ones.
     """
     known = jnp.arange(latents.shape[1], dtype=jnp.int32)[None, :] < given[:, None]
     known = known[:, :, None, None, None]
     mask = jnp.broadcast_to(known, (*latents.shape[:-1], 4)).astype(latents.dtype)
-    return jnp.concatenate(
-        [mask, jnp.where(known, latents if noise is None else latents + noise, 0.0)], axis=-1
-    )
+    seen = latents if noise is None else latents + noise
+    rest = blank(fill, latents.shape[2:])
+    return jnp.concatenate([mask, jnp.where(known, seen, rest)], axis=-1)
 
 
 def remember(params, history, context, frames, cfg: DiTConfig, task: ExtensionTask):
@@ -70,7 +73,7 @@ def remember(params, history, context, frames, cfg: DiTConfig, task: ExtensionTa
     for i in range(k):
         own = jnp.arange((k + 1) * t, dtype=jnp.int32) // t == i
         past = open_past(cache, table, i * t, own[None])
-        known = condition_of(history[:, i], jnp.full((b,), t - task.stride, jnp.int32))
+        known = condition_of(history[:, i], jnp.full((b,), t - task.stride, jnp.int32), task.fill)
         ctx = jax.tree.map(lambda c, i=i: c[i], context)
         _, past, keys = dit(
             params,
@@ -139,7 +142,7 @@ def extension_loss(cfg: DiTConfig, text_cfg: PocketTextConfig, task: ExtensionTa
         sigma = task.shift * u / (1 + (task.shift - 1) * u)
         noise = jax.random.normal(keys[3], z.shape)
         level = task.condition_noise * jax.random.uniform(keys[4], (b, 1, 1, 1, 1))
-        condition = condition_of(z, given, level * jax.random.normal(keys[5], z.shape))
+        condition = condition_of(z, given, task.fill, level * jax.random.normal(keys[5], z.shape))
         s = sigma[:, None, None, None, None]
         past = rotation = None
         if task.memory_layers is not None:

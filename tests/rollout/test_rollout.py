@@ -24,7 +24,7 @@ from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.dit import dit, dit_spec, embed_context
 from lvjax.models.vae import encode, vae_spec
 from lvjax.nn.rope import grid_table, rotate
-from lvjax.rollout.clipwise import Clip, condition, first_condition, pin, shard_state
+from lvjax.rollout.clipwise import Clip, blank, condition, first_condition, pin, shard_state
 from lvjax.rollout.method import Method, _step, compile_step, rollout, stream
 
 DIT = DiTConfig(
@@ -343,6 +343,10 @@ def test_conditions():
     grey = first_condition(code, video, size, fill="pixel")
     assert relative(grey[:, :2], longer[:, :2]) <= 1e-6 and np.any(grey[:, 2:, ..., 4:])
     np.testing.assert_array_equal(grey[..., :4], longer[..., :4])
+    placed = first_condition(code, video, size, fill="position")
+    np.testing.assert_array_equal(placed[:, :2], longer[:, :2])
+    np.testing.assert_array_equal(placed[0, 2, ..., 4:], blank("position", SIZE[1:]))
+    assert not np.any(placed[:, 2, ..., :4])
     partly = jnp.concatenate(
         [image[..., :4] * jnp.float32([0, 0, 0, 1]).reshape(1, 1, 1, 1, 4), image[..., 4:]], -1
     )

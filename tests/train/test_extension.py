@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 
 from lvjax.core.params import init
-from lvjax.data.clips import CLIP_FRAMES, continues, coverage, prompt_ids
+from lvjax.data.clips import CLIP_FRAMES, comes_into_view, continues, coverage, prompt_ids
 from lvjax.data.prompts import Action, encode
 from lvjax.data.world import CLIP_STRIDE, Video
 from lvjax.lab.pocket import Recipe, Stage, latent_batches
 from lvjax.models.config import DiTConfig
 from lvjax.models.dit import dit_spec
 from lvjax.models.pocket_text import encode_text, text_spec
+from lvjax.nn.embed import cell_waves
 from lvjax.nn.rope import grid_table, rotate
-from lvjax.train.extension import ExtensionTask, extension_loss, local_start
+from lvjax.rollout.clipwise import condition
+from lvjax.train.extension import ExtensionTask, condition_of, extension_loss, local_start
 from lvjax.train.loop import TrainOptions
 from tests.tiny import DIT, TEXT
 
@@ -99,6 +101,52 @@ def test_coverage_is_where_the_object_is():
     truth = np.concatenate([cells[:1], cells[1:].reshape(4, 4, 8, 8).mean(1)])
     assert truth[4].max() > 0.9 and np.abs(found[0] - truth).max() < 0.25
     assert not found[1].any()
+
+
+def test_training_and_sampling_give_the_same_condition():
+    rng = np.random.default_rng(0)
+    latents = jnp.asarray(rng.standard_normal((2, 5, 4, 4, 16)), jnp.float32)
+    for fill in ("latent", "position"):
+        for given, frames in (
+            (0, None),
+            (1, np.zeros((2, 1, 32, 32, 3))),
+            (2, np.zeros((2, 5, 32, 32, 3))),
+        ):
+            known = condition(lambda x: latents[:, :given], frames, latents.shape, fill)  # noqa: B023
+            trained = condition_of(latents, jnp.full((2,), given, jnp.int32), fill)
+            np.testing.assert_array_equal(known, trained)
+
+
+def test_every_cell_knows_its_place():
+    for h, w in ((8, 8), (6, 10)):
+        waves = cell_waves(h, w, 16).reshape(h * w, 16)
+        apart = np.square(waves[:, None] - waves[None]).sum(-1) + 9 * np.eye(h * w)
+        assert waves.dtype == np.float32 and apart.min() > 0.1 and np.abs(waves).max() <= 1
+    np.testing.assert_allclose(cell_waves(8, 8, 6), cell_waves(8, 8, 16)[..., :6])
+    np.testing.assert_allclose(cell_waves(4, 8, 16)[1, 2], cell_waves(12, 24, 16)[4, 7], atol=1e-6)
+
+
+def test_an_object_comes_into_view():
+    right = Action("still", "", "red", "circle", "right")
+    video, stays = Video(3, first=right, enters=True), Video(3, first=right, enters=False)
+    places = np.array([[(p.object_x, p.object_y) for p in (v.pose(f) for f in range(CLIP_FRAMES))]
+                       for v in (video, stays)])  # fmt: skip
+    gone = np.full_like(places[:1], np.nan)
+    assert comes_into_view(np.concatenate([places, gone])).tolist() == [True, False, False]
+
+
+def test_a_stage_may_ask_for_objects_that_enter():
+    places = np.full((4, 6, CLIP_FRAMES, 2), np.nan, np.float32)
+    places[1, 0], places[3, 4] = (
+        np.linspace(-11, 21, 17)[:, None] * [1, 0] + [0, 30] for _ in "ab"
+    )
+    latents = np.arange(24, dtype=np.float16).reshape(4, 6, 1, 1, 1, 1) * np.ones((5, 4, 4, 16))
+    store = SimpleNamespace(ids=np.ones((4, 6, 16), np.int32), objects=places)
+    stage = Stage("s", 256, 5, TrainOptions(1, 1.0), enters=0.5)
+    rows = latent_batches(stage, latents, store, stride=3)(0)["latents"][:, 0, 0, 0, 0]
+    assert 0.35 < np.isin(rows, [6, 22]).mean() < 0.75 and len(np.unique(rows)) == 24
+    remembers = latent_batches(replace(stage, memory=1, enters=1.0), latents, store, stride=3)(0)
+    assert np.unique(remembers["latents"]).tolist() == [22]
 
 
 def test_errors_on_an_object_count_more():

@@ -197,7 +197,9 @@ def test_extension_loss_ignores_given_frames_and_learns():
     value, grads = f(tiny_params(), jax.random.key(0))
     assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     assert np.any(grads["text"]["word"]) and np.any(grads["dit"]["condition_embedding"]["kernel"])
-    condition = condition_of(jnp.asarray(batch["latents"]), jnp.array([0, 1, 2, 5], jnp.int32))
+    condition = condition_of(
+        jnp.asarray(batch["latents"]), jnp.array([0, 1, 2, 5], jnp.int32), "latent"
+    )
     assert condition.shape[-1] == 20 and not np.any(condition[0])
     np.testing.assert_array_equal(condition[2, :2, ..., 4:], batch["latents"][2, :2])
     assert not np.any(condition[2, 2:])
