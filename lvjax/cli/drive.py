@@ -5,9 +5,11 @@ Owns: what these commands print, and the exit code of a run that a signal ended.
 plan's arithmetic (run/plan.py), making and saving clips (run/job.py).
 """
 
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,32 +23,70 @@ from lvjax.run.bundle import Bundle
 from lvjax.run.job import Progress
 from lvjax.run.session import Request
 
+MAX_SIDE = 16384  # of an encoded picture
 
-def check_output(output: Path, rows: int, overwrite: bool) -> None:
-    """Raises: InputError when the files of a run of `rows` videos are there and may not be
-    replaced, or a file that is none of ours is in the place of the card.
+
+def check_start(output: Path, rows: int) -> None:
+    """What can be said before anything is locked: the name, and how many files may be open.
+
+    Raises: InputError.
     """
     if output.suffix.lower() != ".mp4":
         raise InputError(f"--out is {output}; it must end in .mp4")
-    if not overwrite and any(p.exists() for p in job.outputs(output, rows)):
+    files = 2 * rows + 100  # a lock and a video per row
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and files > hard:
+        raise InputError(
+            f"{rows} videos at once need {files} open files, {hard} are allowed; give fewer "
+            f"prompts or a --num-videos that makes at most {(hard - 100) // 2}"
+        )
+    if soft != resource.RLIM_INFINITY and files > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+
+
+def check_output(output: Path, rows: int, overwrite: bool) -> None:
+    """Raises: InputError when the files of a run of `rows` videos, or of the run whose card is in
+    their place, are there and may not be replaced; or that card is no card.
+    """
+    cards.check_place(output)
+    there = [p for p in (*job.outputs(output, rows), *job.made_before(output)) if p.exists()]
+    if there and not overwrite:
         unfinished = " (unfinished: --resume goes on)" if job.state_path(output).exists() else ""
         raise InputError(
-            f"{output} already exists{unfinished}; choose another --out or add --overwrite"
+            f"{there[0]} already exists{unfinished}; choose another --out or add --overwrite"
         )
-    cards.check_place(output)
 
 
-def announce(outline: Bundle, request: Request, output, quiet: bool) -> None:
+def announce(outline: Bundle, request: Request, output, quiet: bool, done: int = 0) -> None:
     """Print the plan of a run, unless quiet, and check that it fits.
 
-    outline: the model without weights.
-    Raises: DoesNotFitError naming settings that fit; StorageError.
+    outline: the model without weights.  done: frames made before.
+    Raises: InputError for a picture that the file format cannot hold; DoesNotFitError naming
+    settings that fit; StorageError.
     """
-    work = plans.work_of(request, outline)
+    check_picture(request.size, outline.defaults.upscale)
+    work = plans.work_of(request, outline, done)
     plan = plans.make_plan(outline, work)
     if not quiet:
         print(plans.describe(plan, plans.measured_rate(outline.dit.dtype)), flush=True)
     plans.check_plan(plan, outline, work, output)
+
+
+def check_picture(size: tuple[int, int], upscale: int) -> None:
+    """Raises: InputError when pictures of (height, width) cannot be encoded."""
+    if max(size) * upscale > MAX_SIDE:
+        raise InputError(
+            f"the picture is {size[1]}x{size[0]}, shown {upscale} times as large; H.264 holds "
+            f"sides up to {MAX_SIDE}: choose a smaller --size, or --set defaults.upscale=1"
+        )
+
+
+def note_differences(card: dict, options: dict, bundle: Bundle) -> dict:
+    """Say what is not as it was when a card was written; returns the card as it would be now."""
+    now = cards.make_card(options, weights=bundle.hashes, inputs=card["inputs"])
+    for line in cards.differences(card, now):
+        print(f"note: {line}; the video may differ", file=sys.stderr)
+    return now
 
 
 def finish(bundle: Bundle, output: Path, quiet: bool) -> int:
@@ -56,41 +96,42 @@ def finish(bundle: Bundle, output: Path, quiet: bool) -> int:
         return job.proceed(bundle, output, stop=stop)
 
     hint = f"`lvjax generate --resume --out {output}` goes on"
-    return follow(clips, output, job.frames_done(output), hint, quiet)
+    return follow(clips, job.videos(output), job.frames_done(output), hint, quiet)
 
 
 def follow(
     clips: Callable[[Callable[[], bool]], Iterator[Progress]],
-    output: Path,
+    videos: list[Path],
     done: int,
     hint: str,
     quiet: bool,
 ) -> int:
     """Show the clips of a run: a bar on a terminal, else a line each; returns the exit code.
 
-    clips(stop): makes them, and ends early after a clip for which stop() is true.  done: frames
-    made before.  hint: how to go on after that.
+    clips(stop): makes them, and ends early after a clip for which stop() is true.  videos: their
+    files.  done: frames made before.  hint: how to go on after that.
     """
     p, last, began = None, done, time.monotonic()
-    bar = None
-    with stoppable() as stop:
+    with stoppable() as stop, ExitStack() as shown:
+        bar = None
         for p in clips(lambda: stop.signal is not None):
             if quiet:
                 continue
             if sys.stderr.isatty():
-                bar = bar or tqdm(total=p.frames, initial=done, unit="frame", desc=output.name)
+                bar = bar or shown.enter_context(
+                    tqdm(total=p.frames, initial=done, unit="frame", desc=videos[0].name)
+                )
                 bar.set_postfix_str(f"clip {p.clip}/{p.clips}", refresh=False)
                 bar.update(p.frame - bar.n)
             else:
                 _line(p, (p.frame - last) / max(time.monotonic() - began, 1e-9))
                 began, last = time.monotonic(), p.frame
-        if bar:
-            bar.close()
     if p is not None and p.clip < p.clips:
         print(f"lvjax: stopped after a finished clip; {hint}", file=sys.stderr)
         return stop.code
     if not quiet:
-        print(f"wrote {output}")
+        more = f" to {videos[-1].name}" if len(videos) > 1 else ""
+        print(f"wrote {videos[0]}{more}")
     return 0
 
 

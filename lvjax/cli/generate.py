@@ -7,6 +7,7 @@ import re
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,29 +18,33 @@ from lvjax.core.errors import InputError
 from lvjax.io.image import fit_image, read_image
 from lvjax.io.video import read_video
 from lvjax.methods import METHODS
+from lvjax.rollout.clipwise import pixel_frames
 from lvjax.run import card as cards
 from lvjax.run import job, lock
 from lvjax.run import plan as plans
 from lvjax.run.bundle import Bundle, Defaults, load
-from lvjax.run.session import Request, check_frames, check_size, check_timeline, frame_count, spread
+from lvjax.run.session import Request, check_frames, check_settings, check_size, frame_count, spread
 
-OPTIONS = (
-    "prompt",
-    "timeline",
-    "prompt_file",
-    "num_videos",
-    "negative_prompt",
-    "image",
-    "video",
-    "seconds",
-    "frames",
-    "size",
-    "steps",
-    "guidance",
-    "seed",
-    "method",
-    "model",
-)
+TEXT, WHOLE, NUMBER = (str, "text"), (int, "a whole number"), (int | float, "a number")
+OPTIONS: dict[str, tuple[Any, str]] = {
+    "prompt": (str | list | tuple, "text, or a list of texts"),
+    "timeline": TEXT,
+    "prompt_file": TEXT,
+    "num_videos": WHOLE,
+    "negative_prompt": TEXT,
+    "image": TEXT,
+    "video": TEXT,
+    "seconds": NUMBER,
+    "frames": WHOLE,
+    "size": TEXT,
+    "steps": WHOLE,
+    "guidance": NUMBER,
+    "seed": WHOLE,
+    "method": TEXT,
+    "model": TEXT,
+}
+"""Settings of a video, on the command line and in a config: type, and the same in words."""
+
 ALTERNATIVES = (("prompt", "timeline", "prompt_file"), ("seconds", "frames"), ("image", "video"))
 SECONDS = 5.0
 
@@ -102,6 +107,7 @@ def _start(args, options: dict, output: Path) -> int:
     outline = plans.outline(model, options["defaults"])
     request, notices = make_request(outline, options)
     rows = len(request.timelines)
+    drive.check_start(output, rows)
     with lock.hold({output, *job.outputs(output, rows)}):
         drive.check_output(output, rows, args.overwrite)
         drive.announce(outline, request, output, args.quiet)
@@ -119,7 +125,7 @@ def _resume(args, options: dict, output: Path) -> int | None:
 
     Settings beside --resume must be those of the run, all of them; --model alone says where its
     weights are now.
-    Raises: InputError when settings or weights differ.
+    Raises: InputError when settings differ or, unless the run is complete, weights.
     """
     with ExitStack() as held:
         held.enter_context(lock.hold(output))
@@ -133,30 +139,32 @@ def _resume(args, options: dict, output: Path) -> int | None:
         if card is None:
             return None
         request = job.request_of(card["options"])
+        drive.check_start(output, len(request.timelines))
         rows = set(job.outputs(output, len(request.timelines)))
         held.enter_context(lock.hold(rows - {output}))
         model = cards.model_place(options["model"] or card["options"].get("model"))
         if _given(args):
             _check_same(card, model, options)
         if complete:
-            print(f"{output} is already complete")
+            print(f"{job.videos(output)[0]} is already complete")
             return 0
         outline = job.with_defaults(plans.outline(model), card)
         cards.check_place(output)
-        drive.announce(outline, request, output, args.quiet)
+        drive.announce(outline, request, output, args.quiet, job.frames_done(output))
         bundle = dataclasses.replace(load(model), defaults=outline.defaults)
         if card["weights"] != bundle.hashes:
             raise InputError(
                 f"the run was begun with other weights than those of {model}; give the folder that "
                 "has them with --model, or start again with --overwrite"
             )
+        drive.note_differences(card, card["options"], bundle)
         return drive.finish(bundle, output, args.quiet)
 
 
 def _check_same(card: dict, model: str, options: dict) -> None:
     """Raises: InputError when the settings beside --resume are not those of the card."""
     outline = plans.outline(model, options["defaults"])
-    if not any(options.get(k) for k in ALTERNATIVES[0]):
+    if all(options.get(k) is None for k in ALTERNATIVES[0]):
         raise InputError(
             "settings beside --resume must be all those of the run, its prompts too; or give "
             "--resume and --out alone"
@@ -173,7 +181,7 @@ def _given(args) -> bool:
 
 def _card(request: Request, bundle: Bundle, model: str, options: dict) -> dict:
     """The card of a run with these settings; without weights for an outline."""
-    inputs = {k: cards.file_hash(options[k]) for k in ("image", "video") if options.get(k)}
+    inputs = {k: cards.file_hash(options[k]) for k in ("image", "video") if options[k] is not None}
     settings = job.options_of(request, bundle, model)
     return cards.make_card(settings, weights=bundle.hashes, inputs=inputs)
 
@@ -197,10 +205,16 @@ def _options(args) -> dict:
     options = {k: None if k in replaced else loaded.get(k) for k in OPTIONS} | given
     if isinstance(options["prompt"], str):
         options["prompt"] = [options["prompt"]]
-    if not args.config and any(not c.startswith("defaults.") for c in args.set):
+    if isinstance(loaded.get("defaults", {}), str | int | float | list | tuple):
         raise InputError(
-            f"--set {args.set[0]}: without --config only defaults.KEY=VALUE can be set"
+            f"{args.config}: defaults is {loaded['defaults']!r}; give names and values"
         )
+    for name, (kind, words) in OPTIONS.items():
+        value = options[name]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            raise InputError(f"{args.config}: {name} is {value!r}; give {words}")
+    if other := [c for c in args.set if not args.config and not c.startswith("defaults.")]:
+        raise InputError(f"--set {other[0]}: without --config only defaults.KEY=VALUE can be set")
     changes = [c.removeprefix("defaults.") for c in args.set if c.startswith("defaults.")]
     options["defaults"] = lambda d: configs.changed(d, dict(loaded.get("defaults") or {}), changes)
     return options
@@ -211,24 +225,20 @@ def make_request(bundle: Bundle, options: dict) -> tuple[Request, list[str]]:
     d: Defaults = bundle.defaults
     if options.get("seconds") is not None and options.get("frames") is not None:
         raise InputError("both --seconds and --frames are given; give one of them")
-    if options.get("image") and options.get("video"):
+    if options.get("image") is not None and options.get("video") is not None:
         raise InputError("both --image and --video are given; give one of them")
     frames = (
         options["frames"]
         if options.get("frames") is not None
         else frame_count(SECONDS if options.get("seconds") is None else options["seconds"], d.fps)
     )
-    size = check_size(_size(options["size"]) if options.get("size") else d.size, bundle)
+    size = d.size if options.get("size") is None else _size(options["size"])
+    check_size(size, bundle)
     start, notices = _start_frames(options, size, d)
     count = 1 if options.get("num_videos") is None else options["num_videos"]
     if count < 1:
         raise InputError(f"--num-videos is {count}; give 1 or more")
     rows = [t for t in _timelines(options, check_frames(frames), d.fps) for _ in range(count)]
-    for row in rows:
-        check_timeline(row)
-    seed = options.get("seed") or 0
-    if seed != seed % 2**32:
-        raise InputError(f"--seed is {seed}; give a number from 0 to {2**32 - 1}")
     request = Request(
         tuple(rows),
         frames,
@@ -237,9 +247,10 @@ def make_request(bundle: Bundle, options: dict) -> tuple[Request, list[str]]:
         size,
         options.get("steps"),
         options.get("guidance"),
-        seed,
+        options.get("seed") or 0,
         options.get("method") or "error_free",
     )
+    check_settings(bundle, request)
     return request, notices
 
 
@@ -252,21 +263,21 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _start_frames(options: dict, size: tuple[int, int], d: Defaults):
-    """Start frames in [-1, 1], rounded to the 8 bits that the card holds; and notices."""
-    if options.get("image"):
+    """Start frames in [-1, 1], of 8 bits as the card holds them; and notices."""
+    if options.get("image") is not None:
         image, notices = read_image(options["image"])
         frames = fit_image(image, size)[None]
-    elif options.get("video"):
-        video, _ = read_video(options["video"], fps=d.fps, max_frames=1 + 4 * (d.overlap - 1))
+    elif options.get("video") is not None:
+        video, _ = read_video(options["video"], fps=d.fps, max_frames=pixel_frames(d.overlap))
         frames, notices = np.stack([fit_image(f, size) for f in video]), []
     else:
         return None, []
-    return np.round((frames + 1) * 127.5).astype(np.float32) / 127.5 - 1, notices
+    return frames, notices
 
 
 def _timelines(options: dict, frames: int, fps: int) -> list:
     """One timeline per prompt of a batch, or the one of --prompt / --timeline."""
-    given = [k for k in ("prompt", "timeline", "prompt_file") if options.get(k)]
+    given = [k for k in ALTERNATIVES[0] if options.get(k) is not None]
     if len(given) != 1:
         names = " and ".join(f"--{k.replace('_', '-')}" for k in given) or "no prompt"
         raise InputError(f"{names} given; give one of --prompt, --timeline, --prompt-file")

@@ -49,17 +49,18 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    args = build_parser(argv).parse_args(argv)
+    debug = "--debug" in argv
     try:
         with interruptible():
+            args = build_parser(argv).parse_args(argv)
             return importlib.import_module(f"lvjax.cli.{args.command}").run(args) or 0
     except LvjaxError as e:
-        return _end(e, e.code, args.debug)
+        return _end(e, e.code, debug)
     except MemoryError as e:
         return _end(
             DoesNotFitError(f"out of memory ({e}); use a smaller --size, --num-videos or --steps"),
             4,
-            args.debug,
+            debug,
         )
     except KeyboardInterrupt as e:
         print("lvjax: interrupted", file=sys.stderr)
@@ -71,9 +72,9 @@ def main(argv: list[str] | None = None) -> int:
                     "the device ran out of memory; use a smaller --size, --num-videos or --steps"
                 ),
                 4,
-                args.debug,
+                debug,
             )
-        if args.debug:
+        if debug:
             raise
         print(
             f"lvjax: unexpected {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}; "

@@ -22,18 +22,8 @@ from lvjax.run import card as cards
 from lvjax.run import job, lock
 from lvjax.run import plan as plans
 from lvjax.run.bundle import Bundle, load
-from lvjax.run.session import Request, check_frames, check_size, check_timeline, open_session
+from lvjax.run.session import Request, check_settings, open_session
 from lvjax.run.state import chain
-
-KINDS = {
-    "frames": int,
-    "seed": int,
-    "negative": str,
-    "method": str,
-    "steps": int | None,
-    "guidance": int | float | None,
-}
-"""Types of a card's plain options."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,17 +47,16 @@ def run(args) -> int:
     batch = len(request.timelines)
     alone = batch > 1 and row is not None
     rows = 1 if alone else batch
+    drive.check_start(output, rows)
     with lock.hold({output, *job.outputs(output, rows)}):
         drive.check_output(output, rows, args.overwrite)
         drive.announce(outline, request, output, args.quiet)
         bundle = dataclasses.replace(load(model), defaults=outline.defaults)
-        options = card["options"] | {"model": model}
-        now = cards.make_card(options, weights=bundle.hashes, inputs=card["inputs"])
-        for line in cards.differences(card, now):
-            print(f"note: {line}; the video may differ", file=sys.stderr)
+        now = drive.note_differences(card, card["options"] | {"model": model}, bundle)
         if alone:
             return _one_of_batch(bundle, request, row, output, now, args.quiet)
-        job.start(bundle, request, output, now)
+        for notice in job.start(bundle, request, output, now):
+            print(f"note: {notice}", file=sys.stderr)
         return drive.finish(bundle, output, args.quiet)
 
 
@@ -78,19 +67,13 @@ def _resolve(card: dict, row, model: str, source) -> tuple[Bundle, Request]:
     """
     outline = plans.outline(model)
     try:
-        for key, kind in KINDS.items():
-            if not isinstance(value := card["options"][key], kind):
-                raise ValueError(f"{key} is {value!r}")
         outline = job.with_defaults(outline, card)
         request = job.request_of(card["options"])
-        check_frames(request.frames)
-        check_size(request.size, outline)
-        for timeline in request.timelines:
-            check_timeline(timeline)
+        check_settings(outline, request)
         plans.make_plan(outline, plans.work_of(request, outline))
         if row is not None and row not in range(len(request.timelines)):
             raise ValueError(f"row {row!r} of {len(request.timelines)} videos")
-    except (LvjaxError, LookupError, TypeError, ValueError, AttributeError) as e:
+    except (LvjaxError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as e:
         why = f"it has no {e}" if isinstance(e, KeyError) else e
         raise CheckpointError(f"the run card of {source} cannot be followed: {why}") from e
     return outline, request
@@ -109,6 +92,7 @@ def _one_of_batch(
 
     def clips(stop) -> Iterator[job.Progress]:
         session, digest, frames = open_session(bundle, request), "", 0
+        cards.card_path(output).unlink(missing_ok=True)  # of the video that this one replaces
         with FragmentedWriter(output, size, d.fps, card | {"row": row}) as writer:
             for result in session.run():
                 writer.write_clip(job.enlarge(result.frames[row], d.upscale))
@@ -117,8 +101,8 @@ def _one_of_batch(
                 yield job.Progress(
                     result.clip + 1, session.num_clips, frames, session.frames, digest
                 )
-                if stop():
+                if stop() and result.clip + 1 < session.num_clips:
                     return
         cards.write_card(output, card | {"row": row, "latents": digest})
 
-    return drive.follow(clips, output, 0, "replay again with --overwrite", quiet)
+    return drive.follow(clips, [output], 0, "replay again with --overwrite", quiet)

@@ -25,6 +25,14 @@ def prompt_ids(video: Video, clip: int) -> np.ndarray:
     return encode(action.prompt(scene=named))[0]
 
 
+def camera_words(ids: np.ndarray) -> np.ndarray:
+    """ids int32 [..., M] -> int32 [..., 2]: what the camera does and in which direction, 0 without
+    one.
+    """
+    verb, direction = ids[..., 1], ids[..., 2]
+    return np.stack([verb, np.where(verb == VOCABULARY["still"], 0, direction)], axis=-1)
+
+
 def continues(ids: np.ndarray) -> np.ndarray:
     """ids int32 [..., K, M] of clips in order -> bool [..., K]: whether a clip goes on with the
     action of the clip before, the scene's name aside; the first always does.

@@ -28,7 +28,7 @@ RADIUS = 10.0
 MARGIN = RADIUS + 2  # an object centre this far outside is out of sight
 CLIP_STRIDE = 12  # prompts change at frames 5 + 12 m, which is where a clip's own frames begin
 GIVEN = 5
-SCALE_RANGE = (0.62, 1.7)
+SCALE_RANGE = (0.45, 2.1)  # from 1, room for one zoom of 24 frames either way
 SPLITS = ("train", "held_out")
 
 MOTIONS = (*DIRECTIONS, "stay")

@@ -27,7 +27,14 @@ import numpy as np
 from lvjax.core.checkpoint import load_arrays, restore_tree, write_atomic
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.core.params import abstract, init
-from lvjax.data.clips import CLIP_FRAMES, ClipStore, comes_into_view, continues, coverage
+from lvjax.data.clips import (
+    CLIP_FRAMES,
+    ClipStore,
+    camera_words,
+    comes_into_view,
+    continues,
+    coverage,
+)
 from lvjax.data.prompts import VOCABULARY
 from lvjax.data.world import SIZE
 from lvjax.models.config import DiTConfig, VAEConfig
@@ -50,7 +57,8 @@ class Stage:
       batch that are first clips of a video, beyond their natural share (DiT without memory): there
       objects come into view, and the prompt alone says which.  enters: share of the batch in which
       an object comes into view.  object_weight: by how much more the error counts where an object
-      is.  shift: of the noise level, None for the recipe's.
+      is.  shift: of the noise level, None for the recipe's.  balanced: whether all camera moves are
+      drawn equally often.
     """
 
     name: str
@@ -64,6 +72,7 @@ class Stage:
     enters: float = 0.0
     object_weight: float = 0.0
     shift: float | None = None
+    balanced: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,7 +144,17 @@ class Recipe:
             object_weight=8.0,
             shift=4.0,
         ),
-        Stage("dit_memory", 8, 5, TrainOptions(700, 4e-4, 50, 0.2, weight_decay=0.01), memory=1),
+        Stage(
+            "dit_memory",
+            8,
+            5,
+            TrainOptions(900, 8e-4, 50, 0.4, weight_decay=0.01),
+            memory=1,
+            enters=0.5,
+            object_weight=8.0,
+            shift=4.0,
+            balanced=True,
+        ),
     )
     seed: int = 0
     start: str | None = None
@@ -398,15 +417,17 @@ def latent_batches(stage: Stage, latents: np.ndarray, store: ClipStore, stride: 
     least = np.where(continues(ids), 0, latents.shape[2] - stride).astype(np.int32)
     videos, clips = np.nonzero(least < stage.frames)
     entering = comes_into_view(objects[videos, clips])
+    share = (
+        1 / _times_seen(camera_words(ids[videos, clips])) if stage.balanced else np.ones(len(clips))
+    )
 
     def batch(n: int):
         rng = np.random.default_rng([stage.options.seed, stage.memory, n])
         back = _distances(rng, stage.memory, latents.shape[1])
         allowed = np.flatnonzero(clips >= back.max(initial=0))
-        pick = allowed[rng.integers(0, len(allowed), stage.batch)]
+        pick = _draw(rng, allowed, share, stage.batch)
         if stage.enters:
-            shown = allowed[entering[allowed]]
-            other = shown[rng.integers(0, len(shown), stage.batch)]
+            other = _draw(rng, allowed[entering[allowed]], share, stage.batch)
             pick = np.where(rng.random(stage.batch) < stage.enters, other, pick)
         v, c = videos[pick], clips[pick]
         c = np.where(rng.random(stage.batch) < stage.first, 0, c)
@@ -427,6 +448,17 @@ def latent_batches(stage: Stage, latents: np.ndarray, store: ClipStore, stride: 
         }
 
     return batch
+
+
+def _draw(rng, these: np.ndarray, share: np.ndarray, count: int) -> np.ndarray:
+    """`count` of `these` indices, each as likely as its share says."""
+    return rng.choice(these, count, p=share[these] / share[these].sum())
+
+
+def _times_seen(rows: np.ndarray) -> np.ndarray:
+    """How often each row of an integer array [N, M] is in it, [N]."""
+    _, which, times = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
+    return times[which.ravel()]
 
 
 def _distances(rng, memory: int, clips: int) -> np.ndarray:

@@ -91,7 +91,7 @@ class Defaults:
     steps: int = 16
     shift: float = 3.0
     solver: str = "unipc"
-    guidance: float = 2.5
+    guidance: float = 2.0
     window: tuple[float, float] = (0.3, 0.7)
     positions: str = "relative"
     fill: str = "position"
@@ -174,6 +174,8 @@ def load(name: str | Path = "pocket") -> Bundle:
         arrays, _ = load_arrays(path)
         params[part] = unflatten(_match(arrays, flatten(abstract(spec[part])), path))
         hashes[part] = hashlib.sha256(path.read_bytes()).hexdigest()
+    sizes = json.dumps({part: head[part] for part in PARTS}, sort_keys=True)
+    hashes["model"] = hashlib.sha256(sizes.encode()).hexdigest()
     return Bundle(head["name"], **configs, params=params, hashes=hashes)
 
 

@@ -32,6 +32,7 @@ def make_card(
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
+        "devices": jax.device_count(),
     }
     return {
         "format": FORMAT,
@@ -43,7 +44,12 @@ def make_card(
 
 
 def model_place(model: str | None) -> str:
-    """A model as a card names it: "pocket", or the absolute path of its folder."""
+    """A model as a card names it: "pocket", or the absolute path of its folder.
+
+    Raises: CheckpointError for what is no name.
+    """
+    if model is not None and not isinstance(model, str):
+        raise CheckpointError(f"the model is {model!r}; give 'pocket' or a folder with --model")
     return "pocket" if model in (None, "pocket") else str(Path(model).resolve())
 
 
@@ -113,9 +119,6 @@ def differences(card: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for k in card["weights"]
         if card["weights"][k] != now["weights"].get(k)
     ]
-    out += [
-        f"input {k} differs" for k in card["inputs"] if card["inputs"][k] != now["inputs"].get(k)
-    ]
     return out + [
         f"{k} was {v}, is {now['versions'].get(k)}"
         for k, v in card["versions"].items()
@@ -124,5 +127,6 @@ def differences(card: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def file_hash(path) -> str:
+    """sha256 of a file, in hex."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

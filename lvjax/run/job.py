@@ -57,6 +57,24 @@ def outputs(output, rows: int) -> list[Path]:
     )
 
 
+def videos(output) -> list[Path]:
+    """The files of the run whose card is beside `output`.
+
+    Raises: CheckpointError when there is no such card.
+    """
+    path = cards.card_path(output)
+    card = cards.check_card(cards.read_json(path), path)
+    return outputs(output, len(request_of(card["options"]).timelines))
+
+
+def made_before(output) -> list[Path]:
+    """The files of the run whose card is beside `output`, none where there is no readable card."""
+    try:
+        return videos(output)
+    except CheckpointError:
+        return []
+
+
 def options_of(request: Request, bundle: Bundle, model: str) -> dict[str, Any]:
     """A request as the JSON-able options of a card; the start frames become PNGs."""
     options = {k: getattr(request, k) for k in PLAIN}
@@ -79,7 +97,7 @@ def request_of(options: dict[str, Any]) -> Request:
             raise TypeError(f"{wrong[0]} is {plain[wrong[0]]!r}")
         height, width = map(int, options["size"])
         return Request(rows, size=(height, width), start=start, **plain)
-    except (KeyError, TypeError, ValueError, OSError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError, OSError) as e:
         raise _of_another_version(e) from e
 
 
@@ -200,13 +218,14 @@ def frames_done(output) -> int:
 
 
 def is_complete(output) -> bool:
-    """Whether a run to `output` was finished: its card has the digest, and all its videos exist."""
+    """Whether a run to `output` was finished: its card has the digest, and all its videos exist.
+
+    Raises: CheckpointError when the card cannot be read.
+    """
     path = cards.card_path(output)
     if state_path(output).exists() or not path.is_file():
         return False
-    card = cards.check_card(cards.read_json(path), path)
-    videos = outputs(output, len(request_of(card["options"]).timelines))
-    return "latents" in card and all(p.exists() for p in videos)
+    return "latents" in cards.read_json(path) and all(p.exists() for p in videos(output))
 
 
 def _writer(path, bundle: Bundle, request: Request, card, at) -> FragmentedWriter:
@@ -242,7 +261,8 @@ def proceed(bundle: Bundle, output, stop: Callable[[], bool] = lambda: False) ->
 
     stop: asked after each clip; the state is saved by then.
     The state file goes when the last clip is written.
-    Raises: CheckpointError, StorageError, NonFiniteError; the clips before stay.
+    Raises: InputError when no state is there; CheckpointError, StorageError, NonFiniteError; the
+    clips before stay.
     """
     if not state_path(output).exists():
         raise InputError(f"there is no unfinished run beside {output}; start one without --resume")

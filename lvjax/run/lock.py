@@ -101,7 +101,7 @@ def _acquire(handle: int, output, option: str) -> None:
         try:
             first = json.loads(os.pread(handle, 4096, 0))
             who = f"process {first['pid']} on {first['host']} since {first['since']}"
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             who = "another process"
         raise InUseError(
             f"{output} is being written by {who}; wait for it or choose another {option}"

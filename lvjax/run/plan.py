@@ -114,18 +114,18 @@ def outline(model: str, defaults=lambda d: d) -> Bundle:
     return dataclasses.replace(bundle, defaults=defaults(bundle.defaults))
 
 
-def work_of(request: Request, bundle: Bundle) -> Work:
-    """What a request asks of a model."""
+def work_of(request: Request, bundle: Bundle, done: int = 0) -> Work:
+    """What a request asks of a model, `done` pixel frames of it being made."""
     d = bundle.defaults
-    given = 0
-    if request.start is not None:
+    given = 1 + pixel_frames(d.overlap) if done else 0
+    if request.start is not None and not done:
         found = ((1,) * (5 - request.start.ndim) + request.start.shape)[1]
         given = min(found, pixel_frames(d.overlap))
         given -= (given - 1) % MASK
     return Work(
         batch=len(request.timelines),
         size=tuple(request.size or d.size),
-        frames=request.frames,
+        frames=request.frames - done,
         given=given,
         steps=d.steps if request.steps is None else request.steps,
         guided=(d.guidance if request.guidance is None else request.guidance) != 1,
@@ -278,8 +278,17 @@ def host_memory() -> int:
             free = int(line.split()[1]) * 1024
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         if os.path.exists(path) and (text := Path(path).read_text().strip()).isdigit():
-            free = min(free, int(text))
+            free = min(free, int(text) - _group_uses(Path(path).parent))
     return free
+
+
+def _group_uses(folder: Path) -> int:
+    """Bytes that a control group holds and cannot drop: file pages that lie idle do not count."""
+    used = [p for n in ("memory.current", "memory.usage_in_bytes") if (p := folder / n).exists()]
+    stat = (folder / "memory.stat").read_text() if (folder / "memory.stat").exists() else ""
+    lines = dict(line.split() for line in stat.splitlines())
+    idle = int(lines.get("total_inactive_file", lines.get("inactive_file", 0)))
+    return max(0, int(used[0].read_text()) - idle) if used else 0
 
 
 def device_memory() -> int:

@@ -250,13 +250,26 @@ def check_request(bundle: Bundle, request: Request) -> tuple[str, ...]:
     return _session(bundle, request, data_mesh(len(request.timelines))).notices
 
 
-def _session(bundle: Bundle, request: Request, mesh) -> Session:
-    """A session for weights where they are."""
-    d, batch = bundle.defaults, len(request.timelines)
+def check_settings(outline: Bundle, request: Request) -> None:
+    """The checks of `open_session` that need no weights.
+
+    Raises: InputError with the nearest legal values.
+    """
     for timeline in request.timelines or ((),):
         check_timeline(timeline)
     check_frames(request.frames)
-    size = check_size(request.size or d.size, bundle)
+    size = check_size(request.size or outline.defaults.size, outline)
+    if type(request.seed) is not int or not 0 <= request.seed < 2**32:
+        raise InputError(f"seed is {request.seed!r}; give a number from 0 to {2**32 - 1}")
+    _settings(outline.defaults, request)
+    _start(outline.defaults, request, size, len(request.timelines))
+
+
+def _session(bundle: Bundle, request: Request, mesh) -> Session:
+    """A session for weights where they are."""
+    check_settings(bundle, request)
+    d, batch = bundle.defaults, len(request.timelines)
+    size = tuple(request.size or d.size)
     settings = _settings(d, request)
     method = METHODS[request.method](bundle.params, bundle.dit, bundle.vae, settings)
     given, source = _start(d, request, size, batch)
@@ -333,6 +346,8 @@ def _start(d: Defaults, request: Request, size: tuple[int, int], batch: int):
             f"the start picture is {start.shape[3]}x{start.shape[2]}, the video "
             f"{size[1]}x{size[0]}; fit it first"
         )
+    if start.shape[0] not in (1, batch):
+        raise InputError(f"{start.shape[0]} starts are given for {batch} videos; give one or all")
     given = min(start.shape[1], pixel_frames(d.overlap))
     given -= (given - 1) % 4
     return given, np.broadcast_to(start[:, -given:], (batch, given, *start.shape[2:]))

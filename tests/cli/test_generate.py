@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -45,8 +47,9 @@ def test_a_run_writes_a_playable_video_with_its_card(model, tmp_path, capsys):
     assert card["options"]["timelines"][0][1] == [2.5, "a red circle moves up"]
     assert json.loads(card_path(out).read_text())["weights"].keys() == {
         "dit",
-        "vae",
+        "model",
         "text",
+        "vae",
     }
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "a.mp4.json"]
     printed = capsys.readouterr()
@@ -121,7 +124,77 @@ def test_continue_a_video(model, tmp_path):
         )
         == 0
     )
-    assert read_video(tmp_path / "b.mp4")[0].shape[0] == 25
+    seen, made = (read_video(tmp_path / f"{name}.mp4")[0] for name in "ab")
+    given = job.request_of(read_card(tmp_path / "b.mp4")["options"]).start
+    given = job.enlarge((given + 1) * 127.5, 2)
+    last, first = (np.abs(given - part).mean() for part in (seen[-5:], seen[:5]))
+    assert made.shape[0] == 25 and given.shape[0] == 5 and last < first
+
+
+@pytest.mark.parametrize("option", ["--image", "--video", "--size", "--timeline", "--prompt-file"])
+def test_an_empty_value_is_not_ignored(model, tmp_path, option, capsys):
+    prompts = () if option in ("--timeline", "--prompt-file") else PROMPTS
+    assert generate(model, tmp_path / "a.mp4", *prompts, "--frames", "17", option, "") == 2
+    assert "Traceback" not in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["frames='17'", "frames=17.0", "seed='a'", "seed=True", "seconds='5'", "steps='8'", "prompt=3",
+     "defaults=3", "seed=2**70", "steps=2000", "guidance=float('nan')", "method='magic'"],
+)  # fmt: skip
+def test_a_config_value_that_cannot_be(model, tmp_path, setting, capsys):
+    config = tmp_path / "c.py"
+    config.write_text(
+        f"def get_config():\n    return dict(dict(prompt='a red circle'), {setting})\n"
+    )
+    assert generate(model, tmp_path / "a.mp4", "--config", str(config)) == 2
+    said = capsys.readouterr().err.strip()
+    assert setting.split("=")[0] in said and "\n" not in said
+    assert [p.name for p in tmp_path.iterdir() if p.name != "__pycache__"] == ["c.py"]
+
+
+def test_more_videos_than_open_files(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("resource.getrlimit", lambda what: (256, 1024))
+    many = ("--frames", "17", "--num-videos", "1000")
+    assert generate(model, tmp_path / "a.mp4", "--prompt", "a red circle", *many) == 2
+    assert "at most 462" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_no_file_holds(model, tmp_path, capsys):
+    assert generate(model, tmp_path / "a.mp4", *PROMPTS, "--size", "16384x16") == 2
+    assert "16384" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_no_run_replaces_the_state_of_another(model, tmp_path, capsys):
+    """A batch that was interrupted, then one video under the same name, and the reverse."""
+    (tmp_path / "p.txt").write_text("the camera pans left\na red circle moves up\n")
+    batch = ("--prompt-file", str(tmp_path / "p.txt"), "--frames", "29")
+    for name, first, second in (("a", batch, (*PROMPTS, "--frames", "17")), ("b", PROMPTS, batch)):
+        out = tmp_path / f"{name}.mp4"
+        assert generate(model, out, *first) == 0
+        before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+        assert generate(model, out, *second) == 2
+        assert "already exists" in capsys.readouterr().err
+        assert before == {p: p.read_bytes() for p in tmp_path.iterdir()}
+        assert generate(model, out, *second, "--overwrite") == 0
+
+
+def test_a_run_is_not_resumed_with_another_model(model, tmp_path, capsys):
+    other = shutil.copytree(model, tmp_path / "other")
+    head = json.loads((other / "model.json").read_text())
+    head["dit"]["theta"] = 5000.0  # the same shapes
+    (other / "model.json").write_text(json.dumps(head))
+    assert load(str(other)).hashes != load(model).hashes
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_the_command_is_read(number, code, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "lvjax.cli.main.build_parser", lambda argv: os.kill(os.getpid(), number) or time.sleep(9)
+    )
+    assert main(["generate"]) == code
+    assert capsys.readouterr().err.strip() == "lvjax: interrupted"
 
 
 def test_config_and_set_reach_everything(model, tmp_path):

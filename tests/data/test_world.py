@@ -37,6 +37,13 @@ def test_any_length_and_prompts_change_where_clips_begin():
     assert all(2 <= (s.stop - s.start) / 8 <= 5 for s in video.segments)
 
 
+def test_training_shows_every_camera_move():
+    """A range of scales too small for a zoom once kept all zooms out of the training videos."""
+    moves = [Video(i).segment(f).action.camera for i in range(60) for f in range(0, 77, 12)]
+    shares = {move: moves.count(move) / len(moves) for move in CAMERAS}
+    assert min(shares.values()) > 0.02 and max(shares.values()) < 0.5
+
+
 def test_objects_leave_and_come_back():
     video = Video(0, first=Action("still", "", "red", "circle", "right"), enters=True)
     seen = [colour_of(video.frames(f, f + 1)) == "red" for f in range(0, video.segments[0].stop)]

@@ -60,7 +60,7 @@ def test_the_settings_of_a_resumed_run(bundle):
         ({"seed": 3}, "seed was 2, is 3"),
         ({"frames": 53}, "frames was 41, is 53"),
         ({"steps": 5}, "steps was 4, is 5"),
-        ({"guidance": 1.0}, "guidance was 2.5, is 1.0"),
+        ({"guidance": 1.0}, "guidance was 2.0, is 1.0"),
         ({"negative": "left"}, "negative was '', is 'left'"),
         ({"size": (16, 24)}, "size was (16, 16), is (16, 24)"),
         ({"start": PIXELS[0]}, "start frames differ"),

@@ -63,9 +63,13 @@ def test_the_second_run_is_told_of_the_first_and_a_dead_ones_lock_is_taken(tmp_p
 
 
 def test_a_damaged_lock_file_is_no_obstacle(tmp_path):
-    (tmp_path / "a.mp4.lock").write_bytes(b"\xff{ no json")
-    with lock.hold(tmp_path / "a.mp4"), pytest.raises(InUseError), lock.hold(tmp_path / "a.mp4"):
-        pass
+    place = tmp_path / "a.mp4.lock"
+    for damage in (b"\xff{ no json", b"[1]", b""):
+        place.write_bytes(damage)
+        with lock.hold(tmp_path / "a.mp4"):
+            place.write_bytes(damage)
+            with pytest.raises(InUseError, match="another process"), lock.hold(tmp_path / "a.mp4"):
+                pass
 
 
 def test_a_file_in_place_of_a_folder(tmp_path):

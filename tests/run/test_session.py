@@ -8,6 +8,7 @@ import math
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ import lvjax
 from lvjax.core.errors import CheckpointError, InputError, NonFiniteError
 from lvjax.data.prompts import encode
 from lvjax.models.pocket_text import encode_text
+from lvjax.models.vae import encode as encode_video
 from lvjax.run.bundle import load, save
 from lvjax.run.session import _check_finite, _pooled, check_frames, check_timeline, frame_count
 from tests.tiny import tiny_bundle
@@ -45,22 +47,18 @@ def test_exactly_the_frames_asked_for(bundle, frames):
 
 
 def test_image_is_the_first_frame_and_a_video_joins_at_its_last(bundle):
-    image = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
-    assert lvjax.generate(bundle, PROMPT, image=image, num_frames=21).frames.shape == (
-        1,
-        21,
-        16,
-        16,
-        3,
-    )
-    video = np.stack([image] * 9)
-    assert lvjax.generate(bundle, PROMPT, video=video, num_frames=25).frames.shape == (
-        1,
-        25,
-        16,
-        16,
-        3,
-    )
+    rng = np.random.default_rng(0)
+    video = rng.integers(0, 255, (9, 16, 16, 3), np.uint8)
+    without = lvjax.generate(bundle, PROMPT, num_frames=25)
+    pixels = jnp.asarray(video[None].astype(np.float32) / 127.5 - 1)
+    for given, frames, made in (
+        (1, pixels[:, -1:], lvjax.generate(bundle, PROMPT, image=video[-1], num_frames=25)),
+        (2, pixels[:, -5:], lvjax.generate(bundle, PROMPT, video=video, num_frames=25)),
+    ):
+        assert made.frames.shape == (1, 25, 16, 16, 3)
+        seen = encode_video(bundle.params["vae"], frames, bundle.vae)
+        np.testing.assert_allclose(made.latents[0][:, :given], seen, atol=1e-5)
+        assert np.abs(without.latents[0][:, :given] - seen).max() > 0.01
 
 
 def test_a_prompt_only_changes_what_comes_after_it(bundle):
@@ -74,8 +72,13 @@ def test_batch_rows_equal_single_runs(bundle):
     prompts = [[PROMPT], ["a red circle moves up"], ["the camera zooms in"]]
     keys = {"num_frames": 29}
     whole = lvjax.generate(bundle, prompts, **keys)
-    single = lvjax.generate(bundle, prompts[0], **keys)
-    np.testing.assert_allclose(whole.latents[:, :1], single.latents, atol=1e-5, rtol=1e-5)
+    session = lvjax.prepare(bundle, prompts, **keys)
+    for row, prompt in enumerate(prompts):
+        alone = dataclasses.replace(
+            lvjax.prepare(bundle, prompt, **keys), keys=session.keys[row : row + 1]
+        )
+        single = np.stack([np.asarray(c.latents) for c in alone.run()])
+        np.testing.assert_allclose(whole.latents[:, row : row + 1], single, atol=1e-5, rtol=1e-5)
 
 
 def test_a_batch_is_spread_over_the_devices(bundle):

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from lvjax.core.params import init
-from lvjax.data.clips import CLIP_FRAMES, comes_into_view, continues, coverage, prompt_ids
+from lvjax.data.clips import (
+    CLIP_FRAMES,
+    camera_words,
+    comes_into_view,
+    continues,
+    coverage,
+    prompt_ids,
+)
 from lvjax.data.prompts import Action, encode
 from lvjax.data.world import CLIP_STRIDE, Video
 from lvjax.lab.pocket import Recipe, Stage, latent_batches
@@ -133,6 +140,22 @@ def test_an_object_comes_into_view():
                        for v in (video, stays)])  # fmt: skip
     gone = np.full_like(places[:1], np.nan)
     assert comes_into_view(np.concatenate([places, gone])).tolist() == [True, False, False]
+
+
+def test_a_balanced_stage_shows_every_camera_move_as_often():
+    said = ["the camera is still, a red circle moves up"] * 17 + [
+        "the camera is still over clouds"
+    ] * 4
+    said += ["the camera pans left", "the camera zooms in", "the camera zooms out over waves"]
+    ids = np.stack([encode(x)[0] for x in said]).reshape(4, 6, 16)
+    assert len(np.unique(camera_words(ids).reshape(24, 2), axis=0)) == 4
+    latents = np.arange(24, dtype=np.float16).reshape(4, 6, 1, 1, 1, 1) * np.ones((5, 4, 4, 16))
+    places = np.full((4, 6, CLIP_FRAMES, 2), np.nan, np.float32)
+    store = SimpleNamespace(ids=ids, objects=places)
+    stage = Stage("s", 2000, 5, TrainOptions(1, 1.0), balanced=True)
+    rows = latent_batches(stage, latents, store, stride=3)(0)["latents"][:, 0, 0, 0, 0]
+    for row in (21, 22, 23):
+        assert 0.2 < (rows == row).mean() < 0.3
 
 
 def test_a_stage_may_ask_for_objects_that_enter():
