@@ -3,9 +3,8 @@
 
 Run:      lvjax train --config configs/pocket.py --folder runs/pocket
 Expects:  the autoencoder, the latents, the video-extension DiT and runs/pocket/bundle, a folder
-  that
-          `lvjax generate --model runs/pocket/bundle` loads.  The model card says what it took and
-          what it gave.
+          that `lvjax generate --model runs/pocket/bundle` loads.  The model card says what it took
+          and what it gave.
 """
 
 import dataclasses

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python face: `load`, `generate`, `stream`, with the argument names that diffusers' users
-know.
+"""The Python face: `load`, `generate`, `stream`, with diffusers' argument names.
 
 import jax, lvjax
 pocket = lvjax.load("pocket")
-video = lvjax.generate(pocket, "the camera pans left over a landscape", num_frames=121,
-key=jax.random.key(0))
+video = lvjax.generate(pocket, "the camera pans left", num_frames=121, key=jax.random.key(0))
 video.frames[0]   # uint8 [P, H, W, 3]
 """
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `lvjax` command: subcommands, and how errors end.
 
-Exit codes: 0 done, 2 bad input, 3 bad checkpoint, 4 does not fit in memory, 5 stopped on NaN,
-6 disk, 7 in use by another run, 130/143 interrupted with the state saved.  One line on
-stderr; tracebacks only with --debug.
+Exit codes: 0 done, 2 bad input, 3 bad checkpoint, 4 does not fit in memory, 5 stopped on NaN, 6
+disk, 7 in use by another run, 130/143 interrupted with the state saved.  One line on stderr;
+tracebacks only with --debug.
 """
 
 import argparse

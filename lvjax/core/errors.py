@@ -2,8 +2,7 @@
 """The errors a user can meet, each with the exit code that the command line returns for it.
 
 Every message is one line: what was given, what is allowed, what to do.  Library code raises these
-  at its
-boundary; the command line prints the message and exits with `code` (tracebacks only with
+at its boundary; the command line prints the message and exits with `code` (tracebacks only with
 ``--debug``).
 """
 

@@ -3,8 +3,7 @@
 declaration.
 
 Initialisation, abstract shapes, shardings, the converter's check list and the memory plan all come
-from the
-same spec, so a parameter's shape stands in one place.
+from the same spec, so a parameter's shape stands in one place.
 """
 
 import math
@@ -25,8 +24,7 @@ class Param:
     """One parameter: shape, logical axis names (one per dimension), initialiser and dtype.
 
     init: "zeros", "ones", "xavier" (uniform over the last two axes), "fan_in" (normal, variance 1 /
-      product of
-    all axes but the last) or a float, the standard deviation of a normal.
+      product of all axes but the last) or a float, the standard deviation of a normal.
     """
 
     shape: tuple[int, ...]

@@ -3,8 +3,7 @@
 it went.
 
 No network is involved and no judge sees the prompt.  They are validated on ground-truth clips
-before any figure of a
-model is believed (`lvjax.lab.obedience`).
+before any figure of a model is believed (`lvjax.lab.obedience`).
 """
 
 import numpy as np

@@ -2,12 +2,10 @@
 """The pocket world: endless single-shot videos with exact ground truth, a deterministic function of
 (split, seed, index).
 
-A camera moves over one scene while at most one object moves on the screen; every 3 or 4.5 seconds a
-new prompt
-(`prompts.Action`) says what happens next.  Objects leave the screen and come back.  Owns motion and
-rendering; scenes
-are in `scenes.py`, language in `prompts.py`.  Speeds are whole VAE cells: 2 pixels per frame are 8
-per latent frame.
+A camera moves over one scene while at most one object moves on the screen; every 3 or 4.5 seconds
+a new prompt (`prompts.Action`) says what happens next.  Objects leave the screen and come back.
+Owns motion and rendering; scenes are in `scenes.py`, language in `prompts.py`.  Speeds are whole
+VAE cells: 2 pixels per frame are 8 per latent frame.
 """
 
 import itertools
@@ -79,9 +77,8 @@ class Video:
     """One endless video.
 
     split: "train" or "held_out".  kind: "photo", "texture" or None (either).  first: an Action
-      whose camera, colour, shape
-    and motion replace the drawn ones in the first segment.  enters: whether the first object starts
-    out of sight.
+      whose camera, colour, shape and motion replace the drawn ones in the first segment.  enters:
+      whether the first object starts out of sight.
     Raises: InputError for an unknown split.
     """
 

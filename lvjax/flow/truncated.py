@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Truncated rectified flow (T-RFlow): keep only the middle of the sampling trajectory.
 
-With tau = 1 - sigma running from 0 (noise) to 1 (data), the Euler sampler is a weighted mean of the
-estimates eps - v_i.  T-RFlow keeps the terms with tau in [a, b] and renormalises.  The sum
-telescopes to a secant of the
-trajectory, which holds for any ODE solver:
+With tau = 1 - sigma running from 0 (noise) to 1 (data), the Euler sampler is a weighted mean of
+the estimates eps - v_i.  T-RFlow keeps the terms with tau in [a, b] and renormalises.  The sum
+telescopes to a secant of the trajectory, which holds for any ODE solver:
 
     z = z(start) + sigma_start * (z(b) - z(a)) / (b - a)
 

@@ -84,8 +84,8 @@ def _sample_table(width: int, height: int, header: bytes) -> bytes:
 def init_segment(size: tuple[int, int], fps: Fraction, header: bytes, comment: str) -> bytes:
     """ftyp + moov for one H.264 track.
 
-    size: (width, height) pixels; header: the encoder's Annex B extradata; comment: text for
-    the metadata.
+    size: (width, height) pixels; header: the encoder's Annex B extradata; comment: text for the
+      metadata.
     """
     width, height = size
     scale, _ = time_scale(fps)

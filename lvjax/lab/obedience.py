@@ -2,12 +2,10 @@
 """Does the pocket model do what the prompt says?  200 held-out prompts, judged by `data.judge`,
 beside its controls.
 
-Each case is a held-out scene (a photograph or texture never trained on) whose first frame is given,
-with a prompt; an
-object, when there is one, is out of sight in that frame and its colour, shape and motion were never
-trained together.
-100 cases move the camera (pans and zooms, an object in half of them), 100 hold it still and move an
-object.
+Each case is a held-out scene (a photograph or texture never trained on) whose first frame is
+given, with a prompt; an object, when there is one, is out of sight in that frame and its colour,
+shape and motion were never trained together. 100 cases move the camera (pans and zooms, an object
+in half of them), 100 hold it still and move an object.
 
 Run: python -m lvjax.lab.obedience [--model pocket] [--cases 200] [--seed 0] [--out figures.json]
   [--sheet sheet.png]

@@ -3,12 +3,10 @@
 package's weights.
 
 One folder holds the whole run: rendered clips, one subfolder per stage with its snapshot and
-  metrics, and the bundle.
-Every stage resumes from its newest snapshot, so the same call goes on where it stopped; a stage
-that is done is skipped.
-`make train-pocket` is `lvjax train --config configs/pocket.py`; `make gpu-train` is `python -m
-lvjax.lab.pocket`, the same
-in pieces whose state travels in a few small files (gpu_train.py).
+metrics, and the bundle. Every stage resumes from its newest snapshot, so the same call goes on
+where it stopped; a stage that is done is skipped. `make train-pocket` is `lvjax train --config
+configs/pocket.py`; `make gpu-train` is `python -m lvjax.lab.pocket`, the same in pieces whose
+state travels in a few small files (gpu_train.py).
 """
 
 import dataclasses
@@ -152,6 +150,18 @@ class Recipe:
             memory=1,
             enters=0.5,
             object_weight=8.0,
+            shift=4.0,
+            balanced=True,
+        ),
+        # fewer arrivals: objects that are in view stay whole, and zooms get their share of steps
+        Stage(
+            "dit_settle",
+            8,
+            5,
+            TrainOptions(1800, 8e-4, 50, 0.5, weight_decay=0.01, seed=1),
+            memory=1,
+            enters=0.25,
+            object_weight=4.0,
             shift=4.0,
             balanced=True,
         ),

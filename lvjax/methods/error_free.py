@@ -33,8 +33,8 @@ class ErrorFree:
     capacity: clips in the bank, the one being made included (the paper shows five).  layers: DiT
     layers (first, last) with memory, None for the latter half.  overlap: latent frames shared with
     the clip before*.
-    positions: "absolute" or "relative"*.  fill: frames not given are "pixel"*
-    (grey), "latent" (zeros) or "position" (their cells' places).
+    positions: "absolute" or "relative"*.  fill: frames not given are "pixel"* (grey), "latent"
+      (zeros) or "position" (their cells' places).
     """
 
     schedule: Schedule = field(default_factory=lambda: make_schedule(50, 5.0))

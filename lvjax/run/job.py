@@ -3,8 +3,7 @@
 lock.
 
 After clip i every video ends with it and the state says so; whatever a crash leaves behind that is
-cut off and made again,
-bit for bit.
+cut off and made again, bit for bit.
 """
 
 import base64

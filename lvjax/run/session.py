@@ -44,8 +44,7 @@ class Request:
     timelines: per row of the batch, ((seconds, prompt), ...) in order, the first at 0; see
       `run.timeline`.  negative: one prompt for all rows.
     start: None, an image float32 [H, W, 3] or the last frames of a video [P, H, W, 3], in [-1, 1],
-      of the run's size; with
-    [B, P, H, W, 3] each row has its own.
+      of the run's size; with [B, P, H, W, 3] each row has its own.
     frames: pixel frames of the result, 1 + 4m.  seed: row b of clip i draws from
       fold_in(fold_in(key(seed), b), i).
     """

@@ -14,10 +14,9 @@ def autoencoder_loss(
     """loss(params, video, key) for video uint8 [B, P, H, W, 3], P = 1 + 4m.
 
     L1 + L2 of the pixels + `motion` · L1 of the frame differences + `kl` · mean square of the
-    latent means; the decoder sees latents with
-    Gaussian noise of a random size up to `latent_noise` (in units of the latent), as it will from a
-    generator.
-    Reports psnr in dB over the batch (peak 1, noisy latents).
+    latent means; the decoder sees latents with Gaussian noise of a random size up to
+    `latent_noise` (in units of the latent), as it will from a generator. Reports psnr in dB over
+    the batch (peak 1, noisy latents).
     """
 
     def loss(params, video, key):
@@ -38,9 +37,8 @@ def autoencoder_loss(
 
 def inflate(params):
     """Start a drawn autoencoder as an image model: 3-D kernels act on the newest frame only,
-    temporal halving is the mean of
-    two frames, temporal doubling repeats the frame.  Then training on images trains the weights
-    that clips will use.
+    temporal halving is the mean of two frames, temporal doubling repeats the frame.  Then training
+    on images trains the weights that clips will use.
     """
 
     def leaf(a):

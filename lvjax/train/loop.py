@@ -2,9 +2,8 @@
 """The training loop: optimiser, EMA, snapshots that resume exactly, metrics as JSON lines.
 
 A batch is a function of the step and every random draw is folded from the step, so a snapshot
-(parameters, EMA,
-optimiser state, step) is the whole state of a run, the data position included.  Losses are
-elsewhere in this package.
+(parameters, EMA, optimiser state, step) is the whole state of a run, the data position included.
+Losses are elsewhere in this package.
 """
 
 import json

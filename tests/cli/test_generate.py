@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lvjax generate` end to end on a tiny random model: files, exit codes, one-line
-errors, resume.
-"""
+"""`lvjax generate` end to end on a tiny random model: files, exit codes, errors, resume."""
 
 import json
 import os
