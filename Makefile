@@ -10,9 +10,10 @@ $(BIN)/.core: pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
 	touch $@
 
-# torch first, from its own pinned line: a range would fetch the newest build, with several GB of CUDA
+# torch first and pinned.  Where pip would choose a CUDA build of several GB, take the CPU's:
+#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 $(BIN)/.test: $(BIN)/.core
-	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[test]"
 	touch $@
 

@@ -338,6 +338,7 @@ def split(channels: tuple[int, ...], patch: tuple[int, int, int]) -> Transform:
 
 
 def _dit_table(layout: str) -> tuple[Rule, ...]:
+    """Every DiT array but patch_embedding.weight, whose split depends on the model."""
     if layout not in ("diffusers", "official"):
         raise ValueError(f"layout={layout!r}; use 'diffusers' or 'official'")
     column = 0 if layout == "diffusers" else 1
@@ -349,11 +350,6 @@ def _dit_table(layout: str) -> tuple[Rule, ...]:
         rules.append(Rule(f"{names[column]}.bias", f"{path}/bias"))
     rules += [Rule(names[column], path, names[2]) for path, names in _DIT_ARRAYS.items()]
     return tuple(rules)
-
-
-DIT_FROM_DIFFUSERS = _dit_table("diffusers")
-DIT_FROM_OFFICIAL = _dit_table("official")
-"""Every DiT array but patch_embedding.weight, whose split depends on the model: see `dit_rules`."""
 
 
 def dit_rules(cfg: DiTConfig, layout: str) -> tuple[Rule, ...]:

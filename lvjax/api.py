@@ -104,8 +104,12 @@ class Options:
         for names, kind, words in NUMBERS:
             for name in names:
                 value = getattr(self, name)
-                if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+                if value is None:
+                    continue
+                if isinstance(value, bool) or not isinstance(value, kind):
                     raise InputError(f"{name} is {value!r}; give {words}")
+                plain = int if kind is numbers.Integral else float  # NumPy's own are no JSON
+                object.__setattr__(self, name, plain(value))
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed}; give a number from 0 to {2**32 - 1}")
         if self.key is not None and not _is_key(self.key):

@@ -129,6 +129,13 @@ def test_what_cannot_be_used_is_one_line_with_the_remedy(options, message):
         assert "\n" not in str(e.value) and e.value.code == 2
 
 
+def test_numbers_of_numpy_are_numbers(start):
+    options = {"seed": np.int64(3), "num_frames": np.int32(17), "guidance_scale": np.float32(2)}
+    request = lvjax.prepare(EMPTY, PROMPT, **options).request
+    assert (request.seed, request.frames, request.guidance) == (3, 17, 2.0)
+    assert {type(request.seed), type(request.frames), type(request.guidance)} == {int, float}
+
+
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys; before = set(sys.modules); import lvjax; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -26,7 +26,7 @@ from lvjax.bench.measure import Case, machine, run_case
 
 RESERVE = 5.0  # seconds kept for the report
 RIVAL_SECONDS = {True: 8.0, False: 60.0}  # about what the rival takes, by `tiny`
-PLATFORM = {"gpu": "gpu", "cpu": "cpu"}  # jax's names to the rival's
+RIVALS = ("gpu", "cpu")  # the platforms on which there is one
 
 
 def all_cases(tiny: bool) -> list[Case]:
@@ -112,8 +112,8 @@ def _number(value, form: str, scale: float | None = 1.0) -> str:
 
 def rival(report: Report, tiny: bool, seconds: float, calls: int) -> str:
     """Torch's attention at the same shapes, in a child process; why there are no rows, or ""."""
-    platform = PLATFORM.get(jax.default_backend())
-    if importlib.util.find_spec("torch") is None or platform is None:
+    platform = jax.default_backend()
+    if importlib.util.find_spec("torch") is None or platform not in RIVALS:
         return "No torch beside this run."
     shapes = attention.SHEET_TINY if tiny else attention.SHEET
     job = json.dumps({"platform": platform, "shapes": shapes, "calls": calls})

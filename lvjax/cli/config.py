@@ -20,16 +20,17 @@ def find(name: str) -> Path:
 
     Raises: InputError listing the names that exist.
     """
-    if Path(name).is_file() or Path(name).parent.name not in ("", "configs"):
-        if not Path(name).is_file():
-            raise InputError(f"no config file {name!r}")
+    if Path(name).is_file():
         return Path(name)
+    stem = Path(name).stem
+    if Path(name).parts not in ((stem,), (f"{stem}.py",), ("configs", f"{stem}.py")):
+        raise InputError(f"no config file {name!r}")
     homes = (
         Path(str(resources.files("lvjax") / "configs")),
         Path(__file__).resolve().parents[2] / "configs",
     )
     for home in homes:
-        if (found := home / f"{Path(name).stem}.py").is_file():
+        if (found := home / f"{stem}.py").is_file():
             return found
     known = sorted({p.stem for home in homes if home.is_dir() for p in home.glob("*.py")})
     raise InputError(f"no config {name!r}; give a file or one of {known}")
@@ -75,20 +76,26 @@ def _value(text: str):
 
 def _assign(config, key: str, value) -> None:
     *parents, last = key.split(".")
-    for name in (*parents, last):
-        if name not in config:
-            near = difflib.get_close_matches(name, list(config), n=1, cutoff=0.0)
-            raise InputError(
-                f"--set {key}: unknown key {name!r}; did you mean {near[0]!r}?"
-                if near
-                else f"--set {key}: {name!r} has no keys"
-            )
-        if name is not last:
-            config = config[name]
+    for name in parents:
+        _check_key(config, name, key)
+        config = config[name]
+    _check_key(config, last, key)
     try:
         config[last] = value
     except (TypeError, ValueError) as e:
         raise InputError(f"--set {key}={value!r}: {e}") from e
+
+
+def _check_key(config, name: str, key: str) -> None:
+    if not hasattr(config, "keys"):
+        raise InputError(f"--set {key}: what {name!r} is looked for in has no keys")
+    if name not in config:
+        near = difflib.get_close_matches(name, list(config), n=1, cutoff=0.0)
+        raise InputError(
+            f"--set {key}: unknown key {name!r}; did you mean {near[0]!r}?"
+            if near
+            else f"--set {key}: {name!r} is in a group without keys"
+        )
 
 
 def build(cls, values) -> Any:

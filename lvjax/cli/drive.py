@@ -45,27 +45,29 @@ def check_start(output: Path, rows: int) -> None:
 
 
 def check_output(output: Path, rows: int, overwrite: bool) -> None:
-    """Raises: InputError when the files of a run of `rows` videos, or of the run whose card is in
-    their place, are there and may not be replaced; or that card is no card.
+    """Raises: InputError when the files of a run of `rows` videos, or of the run whose card or
+    state is in their place, are there and may not be replaced; or that card is no card.
     """
     cards.check_place(output)
-    there = [p for p in (*job.outputs(output, rows), *job.made_before(output)) if p.exists()]
+    state = job.state_path(output)
+    files = (*job.outputs(output, rows), *job.made_before(output), state)
+    there = [p for p in files if p.exists()]
     if there and not overwrite:
-        unfinished = " (unfinished: --resume goes on)" if job.state_path(output).exists() else ""
+        unfinished = " (unfinished: --resume goes on)" if state.exists() else ""
         raise InputError(
             f"{there[0]} already exists{unfinished}; choose another --out or add --overwrite"
         )
 
 
-def announce(outline: Bundle, request: Request, output, quiet: bool, done: int = 0) -> None:
+def announce(outline: Bundle, request: Request, output, quiet: bool, clip: int = 0) -> None:
     """Print the plan of a run, unless quiet, and check that it fits.
 
-    outline: the model without weights.  done: frames made before.
+    outline: the model without weights.  clip: the one that the run goes on with.
     Raises: InputError for a picture that the file format cannot hold; DoesNotFitError naming
     settings that fit; StorageError.
     """
     check_picture(request.size, outline.defaults.upscale)
-    work = plans.work_of(request, outline, done)
+    work = plans.work_of(request, outline, clip)
     plan = plans.make_plan(outline, work)
     if not quiet:
         print(plans.describe(plan, plans.measured_rate(outline.dit.dtype)), flush=True)
@@ -96,7 +98,7 @@ def finish(bundle: Bundle, output: Path, quiet: bool) -> int:
         return job.proceed(bundle, output, stop=stop)
 
     hint = f"`lvjax generate --resume --out {output}` goes on"
-    return follow(clips, job.videos(output), job.frames_done(output), hint, quiet)
+    return follow(clips, job.videos(output), job.position(output)[1], hint, quiet)
 
 
 def follow(

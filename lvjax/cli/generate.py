@@ -21,8 +21,7 @@ from lvjax.methods import METHODS
 from lvjax.rollout.clipwise import pixel_frames
 from lvjax.run import card as cards
 from lvjax.run import job, lock
-from lvjax.run import plan as plans
-from lvjax.run.bundle import Bundle, Defaults, load
+from lvjax.run.bundle import Bundle, Defaults, load, outline
 from lvjax.run.session import Request, check_frames, check_settings, check_size, frame_count, spread
 
 TEXT, WHOLE, NUMBER = (str, "text"), (int, "a whole number"), (int | float, "a number")
@@ -104,16 +103,16 @@ def run(args) -> int:
 def _start(args, options: dict, output: Path) -> int:
     """Read the inputs, plan, and make a new video or batch of videos."""
     model = cards.model_place(options["model"])
-    outline = plans.outline(model, options["defaults"])
-    request, notices = make_request(outline, options)
+    sizes = _outline(model, options)
+    request, notices = make_request(sizes, options)
     rows = len(request.timelines)
     drive.check_start(output, rows)
     with lock.hold({output, *job.outputs(output, rows)}):
         drive.check_output(output, rows, args.overwrite)
-        drive.announce(outline, request, output, args.quiet)
+        drive.announce(sizes, request, output, args.quiet)
         for notice in notices:
             print(f"note: {notice}", file=sys.stderr)
-        bundle = dataclasses.replace(load(model), defaults=outline.defaults)
+        bundle = dataclasses.replace(load(model), defaults=sizes.defaults)
         card = _card(request, bundle, model, options)
         for notice in job.start(bundle, request, output, card):
             print(f"note: {notice}", file=sys.stderr)
@@ -148,10 +147,10 @@ def _resume(args, options: dict, output: Path) -> int | None:
         if complete:
             print(f"{job.videos(output)[0]} is already complete")
             return 0
-        outline = job.with_defaults(plans.outline(model), card)
+        sizes = job.with_defaults(outline(model), card)
         cards.check_place(output)
-        drive.announce(outline, request, output, args.quiet, job.frames_done(output))
-        bundle = dataclasses.replace(load(model), defaults=outline.defaults)
+        drive.announce(sizes, request, output, args.quiet, job.position(output)[0])
+        bundle = dataclasses.replace(load(model), defaults=sizes.defaults)
         if card["weights"] != bundle.hashes:
             raise InputError(
                 f"the run was begun with other weights than those of {model}; give the folder that "
@@ -163,14 +162,20 @@ def _resume(args, options: dict, output: Path) -> int | None:
 
 def _check_same(card: dict, model: str, options: dict) -> None:
     """Raises: InputError when the settings beside --resume are not those of the card."""
-    outline = plans.outline(model, options["defaults"])
+    sizes = _outline(model, options)
     if all(options.get(k) is None for k in ALTERNATIVES[0]):
         raise InputError(
             "settings beside --resume must be all those of the run, its prompts too; or give "
             "--resume and --out alone"
         )
-    request, _ = make_request(outline, options)
-    job.check_same(card, _card(request, outline, model, options))
+    request, _ = make_request(sizes, options)
+    job.check_same(card, _card(request, sizes, model, options))
+
+
+def _outline(model: str, options: dict) -> Bundle:
+    """A model without weights, with the defaults that the settings ask for."""
+    found = outline(model)
+    return dataclasses.replace(found, defaults=options["defaults"](found.defaults))
 
 
 def _given(args) -> bool:
@@ -293,18 +298,18 @@ def _timelines(options: dict, frames: int, fps: int) -> list:
 
 
 def _moment(line: str, source) -> tuple[float, str]:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)s?[:,\s]\s*(.*)", line)
-    if not found or not found[2]:
+    found = re.fullmatch(r"(?:(\d+):)?(\d+(?:\.\d+)?)s?(?::(?!\d)|[,\s])\s*(.+)", line)
+    if not found or (found[1] and float(found[2]) >= 60):
         raise InputError(
             f"{source}: {line!r} is not a time and a prompt; write for example: 3.5 the camera "
-            "pans left"
+            "pans left, or 1:30 the camera pans left"
         )
-    return float(found[1]), found[2]
+    return 60 * int(found[1] or 0) + float(found[2]), found[3]
 
 
 def _text(path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(
             f"cannot read {path} ({e.strerror if isinstance(e, OSError) else 'not UTF-8 text'})"

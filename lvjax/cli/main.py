@@ -8,11 +8,12 @@ tracebacks only with --debug.
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 import traceback
 
-from lvjax.core.errors import DoesNotFitError, LvjaxError
+from lvjax.core.errors import DoesNotFitError, LvjaxError, StorageError
 from lvjax.core.signals import interruptible
 
 COMMANDS = {
@@ -62,6 +63,15 @@ def main(argv: list[str] | None = None) -> int:
             4,
             debug,
         )
+    except BrokenPipeError:  # nobody reads what is printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as e:
+        error = StorageError(
+            f"cannot use {e.filename or 'a file'}: {e.strerror or e}; free space or choose another "
+            "place"
+        )
+        return _end(error, error.code, debug)
     except KeyboardInterrupt as e:
         print("lvjax: interrupted", file=sys.stderr)
         return 128 + (e.args[0] if e.args else signal.SIGINT)

@@ -21,7 +21,7 @@ from lvjax.io.video import FragmentedWriter, read_card
 from lvjax.run import card as cards
 from lvjax.run import job, lock
 from lvjax.run import plan as plans
-from lvjax.run.bundle import Bundle, load
+from lvjax.run.bundle import Bundle, load, outline
 from lvjax.run.session import Request, check_settings, open_session
 from lvjax.run.state import chain
 
@@ -41,7 +41,7 @@ def run(args) -> int:
     card = cards.read_json(source) if source.suffix == ".json" else read_card(source)
     row = cards.check_card(card, source).get("row")
     model = cards.model_place(args.model or card["options"].get("model"))
-    outline, request = _resolve(card, row, model, source)
+    sizes, request = _resolve(card, row, model, source)
     video = source.with_suffix("") if source.suffix == ".json" else source
     output = Path(args.out) if args.out else video.with_name(f"{video.stem}-replay.mp4")
     batch = len(request.timelines)
@@ -50,8 +50,8 @@ def run(args) -> int:
     drive.check_start(output, rows)
     with lock.hold({output, *job.outputs(output, rows)}):
         drive.check_output(output, rows, args.overwrite)
-        drive.announce(outline, request, output, args.quiet)
-        bundle = dataclasses.replace(load(model), defaults=outline.defaults)
+        drive.announce(sizes, request, output, args.quiet)
+        bundle = dataclasses.replace(load(model), defaults=sizes.defaults)
         now = drive.note_differences(card, card["options"] | {"model": model}, bundle)
         if alone:
             return _one_of_batch(bundle, request, row, output, now, args.quiet)
@@ -65,18 +65,18 @@ def _resolve(card: dict, row, model: str, source) -> tuple[Bundle, Request]:
 
     Raises: CheckpointError when a setting of the card is missing or impossible.
     """
-    outline = plans.outline(model)
+    sizes = outline(model)
     try:
-        outline = job.with_defaults(outline, card)
+        sizes = job.with_defaults(sizes, card)
         request = job.request_of(card["options"])
-        check_settings(outline, request)
-        plans.make_plan(outline, plans.work_of(request, outline))
+        check_settings(sizes, request)
+        plans.make_plan(sizes, plans.work_of(request, sizes))
         if row is not None and row not in range(len(request.timelines)):
             raise ValueError(f"row {row!r} of {len(request.timelines)} videos")
     except (LvjaxError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as e:
         why = f"it has no {e}" if isinstance(e, KeyError) else e
         raise CheckpointError(f"the run card of {source} cannot be followed: {why}") from e
-    return outline, request
+    return sizes, request
 
 
 def _one_of_batch(
@@ -92,7 +92,8 @@ def _one_of_batch(
 
     def clips(stop) -> Iterator[job.Progress]:
         session, digest, frames = open_session(bundle, request), "", 0
-        cards.card_path(output).unlink(missing_ok=True)  # of the video that this one replaces
+        for old in (cards.card_path(output), job.state_path(output)):
+            old.unlink(missing_ok=True)  # of the video that this one replaces
         with FragmentedWriter(output, size, d.fps, card | {"row": row}) as writer:
             for result in session.run():
                 writer.write_clip(job.enlarge(result.frames[row], d.upscale))

@@ -8,7 +8,7 @@ Does not own: what the arrays mean, or reading other people's checkpoints (check
 import json
 import os
 import zlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -90,25 +90,10 @@ def load_arrays(path) -> tuple[dict[str, np.ndarray], dict]:
 
     Raises: CheckpointError naming the file, and the array whose checksum does not match.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no such file: {path}; give the path of a saved lvjax file")
-    try:
-        data = path.read_bytes()
-        size = int.from_bytes(data[:8], "little")
-        layout = json.loads(data[8 : 8 + size])
-        head = layout.pop("__metadata__")
-        meta_text, crc = head["meta"], json.loads(head["crc32"])
-        body = memoryview(data)[8 + size :]
+    with _opened(path) as f:
+        layout, crc, meta = _header(path, f)
+        body = memoryview(f.read())
         arrays = {k: _array(entry, body) for k, entry in layout.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
-        raise CheckpointError(
-            f"{path} is not a readable lvjax file ({type(e).__name__}); restore it from its source"
-        ) from e
-    if str(zlib.crc32(meta_text.encode())) != head.get("meta_crc32"):
-        raise CheckpointError(
-            f"{path}: the metadata does not match its checksum; restore the file from its source"
-        )
     if set(crc) != set(arrays):
         raise CheckpointError(
             f"{path}: the list of arrays does not match its header; restore the file from its "
@@ -120,7 +105,43 @@ def load_arrays(path) -> tuple[dict[str, np.ndarray], dict]:
                 f"{path}: array {name!r} does not match its checksum; restore the file from its "
                 "source"
             )
-    return arrays, json.loads(meta_text)
+    return arrays, meta
+
+
+def load_meta(path) -> dict:
+    """The meta alone of what `save_arrays` wrote; the arrays are neither read nor checked.
+
+    Raises: CheckpointError naming the file.
+    """
+    with _opened(path) as f:
+        return _header(path, f)[2]
+
+
+@contextmanager
+def _opened(path):
+    if not Path(path).is_file():
+        raise CheckpointError(f"no such file: {path}; give the path of a saved lvjax file")
+    try:
+        with open(path, "rb") as f:
+            yield f
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as e:
+        raise CheckpointError(
+            f"{path} is not a readable lvjax file ({type(e).__name__}); restore it from its source"
+        ) from e
+
+
+def _header(path, f) -> tuple[dict, dict[str, int], dict]:
+    """The layout of the arrays, their checksums and the meta; `f` is then at the first array."""
+    size = int.from_bytes(f.read(8), "little")
+    if size > os.fstat(f.fileno()).st_size:
+        raise ValueError("the header ends behind the file")
+    layout = json.loads(f.read(size))
+    head = layout.pop("__metadata__")
+    if str(zlib.crc32(head["meta"].encode())) != head.get("meta_crc32"):
+        raise CheckpointError(
+            f"{path}: the metadata does not match its checksum; restore the file from its source"
+        )
+    return layout, json.loads(head["crc32"]), json.loads(head["meta"])
 
 
 def tree_arrays(tree) -> dict[str, np.ndarray]:

@@ -11,10 +11,9 @@ def cache_dir() -> Path:
     """Where compiled programs are kept between runs ($LVJAX_CACHE_DIR, else the user's cache
     folder).
     """
-    base = os.environ.get("LVJAX_CACHE_DIR") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "lvjax"
-    )
-    return Path(base)
+    if own := os.environ.get("LVJAX_CACHE_DIR"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lvjax"
 
 
 def enable_compilation_cache() -> None:
@@ -23,10 +22,10 @@ def enable_compilation_cache() -> None:
     """
     if jax.config.jax_compilation_cache_dir or os.environ.get("LVJAX_NO_CACHE"):
         return
-    path = cache_dir() / "xla"
     try:
+        path = cache_dir() / "xla"
         path.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # no writable place, or no home at all
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

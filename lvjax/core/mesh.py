@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device mesh and the one table that maps logical axis names to mesh axes."""
 
+import math
+
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -39,9 +41,12 @@ def make_mesh(data: int = 1, fsdp: int = 1, seq: int = 1, devices=None):
 
 
 def partition(axes, rules=None) -> PartitionSpec:
-    """The PartitionSpec of logical axis names under the rules."""
+    """The PartitionSpec of logical axis names under the rules, None for an axis without a name.
+
+    Raises: KeyError for a name that the rules do not have.
+    """
     rules = RULES if rules is None else rules
-    return PartitionSpec(*(rules.get(a) if a else None for a in axes))
+    return PartitionSpec(*(rules[a] if a else None for a in axes))
 
 
 def shardings(spec: Spec, mesh, rules=None):
@@ -51,10 +56,11 @@ def shardings(spec: Spec, mesh, rules=None):
     """
     for path, p in flatten(spec).items():
         for size, axis in zip(p.shape, partition(p.axes, rules), strict=True):
-            if axis is not None and size % mesh.shape[axis]:
+            axes = axis if isinstance(axis, tuple) else (axis,) if axis else ()
+            if size % (devices := math.prod(mesh.shape[a] for a in axes)):
                 raise InputError(
-                    f"parameter {path}: size {size} does not divide over {mesh.shape[axis]} "
-                    f"devices of mesh axis {axis!r}"
+                    f"parameter {path}: size {size} does not divide over the {devices} devices of "
+                    f"mesh axis {axis!r}; choose another mesh"
                 )
     return map_spec(lambda p: NamedSharding(mesh, partition(p.axes, rules)), spec)
 

@@ -3,6 +3,8 @@
 is a function of the step.
 """
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,11 +133,14 @@ class ClipStore:
         """Store a rendered video as number `v`; `fill` marks it as ready."""
         self.frames[v], self.ids[v], self.objects[v] = video
 
-    def fill(self, stop: int | None = None) -> None:
-        """Render what is missing, up to `stop` videos."""
-        for v in range(self.ready, self.videos if stop is None else min(stop, self.videos)):
+    def fill(self, left: Callable[[], float] = lambda: math.inf) -> bool:
+        """Render what is missing while left() is positive; whether all is there."""
+        for v in range(self.ready, self.videos):
+            if left() <= 0:
+                return False
             self.put(v, render(v, self.clips, **self.kwargs))
             write_atomic(self.folder / "ready", str(v + 1).encode())
+        return True
 
 
 def _open(path: Path, shape, dtype) -> np.ndarray:

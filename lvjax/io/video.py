@@ -246,7 +246,7 @@ def read_card(path) -> dict:
         text = container.metadata.get("comment", "")
     try:
         card = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         card = None
     if not isinstance(card, dict):
         raise InputError(f"{path} carries no run card; give a video written by lvjax, or its .json")

@@ -21,11 +21,13 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import jax
 
+from lvjax.core.checkpoint import write_atomic
 from lvjax.core.compat import enable_compilation_cache
 from lvjax.core.errors import CheckpointError, InputError, LvjaxError
 from lvjax.data.clips import CLIP_FRAMES, ClipStore, render
@@ -89,23 +91,25 @@ def models(recipe: Recipe) -> dict:
     return json.loads(json.dumps([dataclasses.asdict(c) for c in (recipe.dit, recipe.vae)]))
 
 
-def fill(store: ClipStore, workers: int) -> None:
-    """Render what is missing, by several processes when it is much."""
+def fill(store: ClipStore, workers: int, left: Callable[[], float] = lambda: math.inf) -> bool:
+    """`ClipStore.fill`, by several processes when much is missing."""
     missing = range(store.ready, store.videos)
     if workers < 2 or len(missing) < FEW:
-        store.fill()
-        return
+        return store.fill(left)
     job = (str(store.folder), store.videos, store.clips, store.kwargs)
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for _ in pool.imap_unordered(_render, [(job, v) for v in missing], chunksize=8):
-            pass
-    (store.folder / "ready").write_text(str(store.videos))
+        for v in pool.imap(_render, [(job, v) for v in missing], chunksize=8):
+            write_atomic(store.folder / "ready", str(v + 1).encode())
+            if left() <= 0:
+                break
+    return store.ready == store.videos
 
 
-def _render(task) -> None:
+def _render(task) -> int:
     (folder, videos, clips, kwargs), v = task
     store = ClipStore(folder, videos, clips, **kwargs)
     store.put(v, render(v, clips, **kwargs))
+    return v
 
 
 def piece(recipe: Recipe, state: Path, out: Path, work: Path, end: float) -> dict:
@@ -122,9 +126,13 @@ def piece(recipe: Recipe, state: Path, out: Path, work: Path, end: float) -> dic
         batches = [s.batch for g in own for s in g.stages]
         devices = math.gcd(jax.device_count(), *batches)
         store = ClipStore(work / "clips", recipe.videos, recipe.clips, seed=recipe.seed)
-        fill(store, min(16, os.cpu_count() or 1))
-        say(f"{store.videos * store.clips} clips of {CLIP_FRAMES} frames are there")
         run = Run(work, max(0.0, end - RESERVE - time.monotonic()), devices, report)
+        if not fill(store, min(16, os.cpu_count() or 1), run.left):
+            raise InputError(
+                f"--minutes are too few to render {store.videos} videos, {store.ready} are there; "
+                "give more, or keep them with --work"
+            )
+        say(f"{store.videos * store.clips} clips of {CLIP_FRAMES} frames are there")
         complete = train(recipe, run) is not None
         stats = json.loads((work / LATENTS).read_text()) if (work / LATENTS).exists() else stats
     meta = {"complete": complete, "latents": stats, "models": models(recipe)}
@@ -150,7 +158,7 @@ def write_bundle(recipe: Recipe, state: Path, folder: Path) -> None:
         description = restore(recipe, pieces.newest(state), Path(work))
         if description["latents"] is None:
             raise CheckpointError(f"the run in {state} has no latents yet; train more of it first")
-        (Path(work) / LATENTS).write_text(json.dumps(description["latents"]))
+        write_atomic(Path(work) / LATENTS, json.dumps(description["latents"]).encode())
         save(folder, assemble(recipe, work))
 
 

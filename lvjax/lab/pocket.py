@@ -11,6 +11,7 @@ state travels in a few small files (gpu_train.py).
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -184,11 +185,11 @@ class Run:
     report: Callable[[str, dict], None] = field(default=lambda stage, line: None)
 
     def __post_init__(self):
-        self._end = None if self.seconds is None else time.monotonic() + self.seconds
+        self._end = math.inf if self.seconds is None else time.monotonic() + self.seconds
 
-    def left(self) -> float | None:
-        """Seconds that are left, None for no limit."""
-        return None if self._end is None else self._end - time.monotonic()
+    def left(self) -> float:
+        """Seconds that are left, infinite without a limit."""
+        return self._end - time.monotonic()
 
 
 def train(recipe: Recipe, run: Run) -> Bundle | None:
@@ -198,12 +199,16 @@ def train(recipe: Recipe, run: Run) -> Bundle | None:
     Raises: NonFiniteError, StorageError, CheckpointError as their stages do.
     """
     store = ClipStore(Path(run.folder) / "clips", recipe.videos, recipe.clips, seed=recipe.seed)
-    store.fill()
+    if not store.fill(run.left):
+        return None
     begun = None if recipe.start is None else load(recipe.start)
     vae = begun.params["vae"] if begun else train_autoencoder(recipe, run, store)
     if vae is None:
         return None
-    latents, cfg = encode_store(recipe, run, store, vae, begun and begun.vae)
+    encoded = encode_store(recipe, run, store, vae, begun and begun.vae)
+    if encoded is None:
+        return None
+    latents, cfg = encoded
     dit = train_extension(recipe, run, store, latents, begun and begun.params)
     if dit is None or train_decoder(recipe, cfg, run, store, vae) is None:
         return None
@@ -334,10 +339,10 @@ def video_batches(stage: Stage, store: ClipStore):
 
 def encode_store(
     recipe: Recipe, run: Run, store: ClipStore, params, cfg: VAEConfig | None = None
-) -> tuple[np.ndarray, VAEConfig]:
+) -> tuple[np.ndarray, VAEConfig] | None:
     """Latents float16 [videos, clips, T, h, w, z] of every rendered clip, normalised, and the
     config with their statistics: those of `cfg`, else measured on 200 videos.  Goes on where it
-    stopped.
+    stopped; None when the time was up first.
     """
 
     @jax.jit
@@ -355,6 +360,8 @@ def encode_store(
     ready = int(mark.read_text()) if mark.exists() else 0
     out = _latents_file(path, (store.videos, store.clips), recipe, fresh=ready == 0)
     for v in range(ready, store.videos):
+        if run.left() <= 0:
+            return None
         out[v] = normalise(means(store.frames[v]), cfg)
         if v % 50 == 49 or v == store.videos - 1:
             out.flush()
@@ -461,7 +468,12 @@ def latent_batches(stage: Stage, latents: np.ndarray, store: ClipStore, stride: 
 
 
 def _draw(rng, these: np.ndarray, share: np.ndarray, count: int) -> np.ndarray:
-    """`count` of `these` indices, each as likely as its share says."""
+    """`count` of `these` indices, each as likely as its share says.
+
+    Raises: InputError when there are none.
+    """
+    if not len(these):
+        raise InputError("no clip is as this stage asks for; give more videos, or enters=0")
     return rng.choice(these, count, p=share[these] / share[these].sum())
 
 

@@ -2,8 +2,9 @@
 """What a work folder was begun with: training goes on in it only by the recipe that it holds.
 
 `recipe.json` in the folder is the recipe of the newest start.  Free to change are the bundle's
-defaults, stages that have not begun, the number of steps upwards, and how often a stage logs and
-saves.  A folder without the file takes the first recipe that comes.
+defaults, stages that have not begun, and of a stage the number of steps upwards, how often it logs
+and saves, and its learning rate (for a run that has diverged).  A folder without the file takes the
+first recipe that comes.
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ from lvjax.core.errors import CheckpointError, InputError
 from lvjax.lab.pocket import Recipe
 
 KINDS = ("autoencoder", "extension", "decoder")
-FREE = ("steps", "save_every", "log_every")  # of a stage's options; steps have a rule of their own
+# of a stage's options; steps have a rule of their own
+FREE = ("steps", "learning_rate", "save_every", "log_every")
 
 
 def claim(recipe: Recipe, folder) -> None:

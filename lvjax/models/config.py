@@ -6,6 +6,8 @@ Sizes and dtypes only: no mesh, no paths, no method knobs.
 
 from dataclasses import dataclass
 
+from lvjax.core.errors import InputError
+
 WAN_VAE_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -14,6 +16,26 @@ WAN_VAE_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
+
+
+def check(cfg, name: str, right: bool, words: str) -> None:
+    """Raises: InputError naming a field that is not right, and in words what it may be."""
+    if not right:
+        given = getattr(cfg, name)
+        raise InputError(f"{type(cfg).__name__}.{name} is {given!r}; give {words}")
+
+
+def check_sizes(cfg, *names: str) -> None:
+    """Raises: InputError for fields that are not whole numbers from 1."""
+    for name in names:
+        value = getattr(cfg, name)
+        check(cfg, name, type(value) is int and value > 0, "a whole number from 1")
+
+
+def _whole(values) -> tuple:
+    """The values, if all are whole numbers from 1, else nothing."""
+    right = isinstance(values, tuple) and all(type(v) is int and v > 0 for v in values)
+    return values if right else ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +66,13 @@ class DiTConfig:
     eps: float = 1e-6
     dtype: str = "bfloat16"
 
+    def __post_init__(self):
+        sizes = ("dim", "num_heads", "num_layers", "ffn_dim", "in_channels", "out_channels")
+        check_sizes(self, *sizes, "text_dim", "text_len", "freq_dim")
+        check(self, "patch", len(_whole(self.patch)) == 3, "three whole numbers from 1")
+        even = self.dim % (2 * self.num_heads) == 0
+        check(self, "dim", even, f"a multiple of {2 * self.num_heads}: heads of an even width")
+
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
@@ -69,6 +98,18 @@ class VAEConfig:
     patch: int = 1
     mean: tuple[float, ...] = WAN_VAE_MEAN
     std: tuple[float, ...] = WAN_VAE_STD
+
+    def __post_init__(self):
+        check_sizes(self, "base", "z", "res_blocks", "patch")
+        stages = len(_whole(self.dim_mult))
+        check(self, "dim_mult", stages > 0, "whole numbers from 1, one per stage")
+        down = isinstance(self.temporal_down, tuple) and len(self.temporal_down) == stages - 1
+        check(self, "temporal_down", down, f"{stages - 1} of True or False")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            check(
+                self, name, isinstance(values, tuple) and len(values) == self.z, f"{self.z} values"
+            )
 
     @property
     def spatial_stride(self) -> int:

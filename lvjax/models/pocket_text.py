@@ -17,6 +17,7 @@ from einops import rearrange
 from lvjax.core.params import Param, Spec
 from lvjax.core.shapes import expect
 from lvjax.kernels.attention import attend
+from lvjax.models.config import check, check_sizes
 from lvjax.nn.linear import linear, linear_spec
 from lvjax.nn.norm import layer_norm
 
@@ -32,6 +33,11 @@ class PocketTextConfig:
     dim: int = 128
     num_heads: int = 2
     eps: float = 1e-6
+
+    def __post_init__(self):
+        check_sizes(self, "vocabulary", "length", "dim", "num_heads")
+        divides = self.dim % self.num_heads == 0
+        check(self, "dim", divides, f"a multiple of num_heads, {self.num_heads}")
 
 
 def text_spec(cfg: PocketTextConfig) -> Spec:

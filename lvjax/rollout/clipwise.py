@@ -112,9 +112,16 @@ def first_condition(encode: Callable, source, size, *, fill: str = "latent", ove
     if source.ndim == 4:
         source = source[:, None]
     expect(source, "B P H W C", "image or video", B=size[0], C=3)
-    given = min(source.shape[1], pixel_frames(overlap))
-    given -= (given - 1) % MASK
+    given = given_frames(source.shape[1], overlap)
     return condition(encode, source[:, source.shape[1] - given :], size, fill)
+
+
+def given_frames(available: int, overlap: int) -> int:
+    """How many of the last pixel frames of a start the first clip is given: at most what `overlap`
+    latent frames stand for, and 1 + 4m of them, or none.
+    """
+    most = min(available, pixel_frames(overlap))
+    return most - (most - 1) % MASK if most else 0
 
 
 def pixel_frames(latent_frames: int) -> int:

@@ -49,8 +49,8 @@ def stream(method: Method, state, clips: Iterable) -> Iterator[tuple[Any, Any]]:
 
 
 def compile_step(method: Method, state, clip):
-    """The compiled step of `stream` for these shapes (arrays or `jax.ShapeDtypeStruct`s), for plans
-    and tests."""
+    """The compiled step of `stream` for these shapes (arrays or `jax.ShapeDtypeStruct`s), to
+    look at: its memory, its program."""
     return _step.lower(_as_tree(method.step), state, clip).compile()
 
 

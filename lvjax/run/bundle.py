@@ -144,39 +144,48 @@ def _config(cls, values: dict, path):
         raise CheckpointError(f"{path}: {e}; restore the file") from e
 
 
-def load(name: str | Path = "pocket") -> Bundle:
-    """ "pocket", the model inside the package, or a folder that `save` wrote.
+def outline(name: str | Path = "pocket") -> Bundle:
+    """A model without its weights: params and hashes are empty.
 
-    Stored half-precision weights become float32.
-    Raises: CheckpointError when a file is missing, damaged, or does not match the model's spec.
+    name: "pocket", the model inside the package, or a folder that `save` wrote.
+    Raises: CheckpointError when its model.json is missing, damaged or of another version.
     """
-    folder = (
-        Path(str(resources.files("lvjax") / "assets" / "pocket"))
-        if str(name) == "pocket"
-        else Path(name)
-    )
+    path = _folder(name) / "model.json"
     try:
-        head = json.loads((folder / "model.json").read_text())
-    except (OSError, ValueError) as e:
+        head = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(
-            f"no model in {folder} ({type(e).__name__}); give 'pocket' or a folder with model.json"
+            f"no model in {path.parent} ({type(e).__name__}); give 'pocket' or a folder with "
+            "model.json"
         ) from e
     if missing := {"name", "defaults", *PARTS} - set(head if isinstance(head, dict) else ()):
-        raise CheckpointError(
-            f"{folder / 'model.json'} lacks {', '.join(sorted(missing))}; restore it"
-        )
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; restore it")
     kinds = {"dit": DiTConfig, "vae": VAEConfig, "text": PocketTextConfig, "defaults": Defaults}
-    configs = {k: _config(cls, head[k], folder / "model.json") for k, cls in kinds.items()}
-    spec = specs(configs["dit"], configs["vae"], configs["text"])
+    configs = {k: _config(cls, head[k], path) for k, cls in kinds.items()}
+    return Bundle(head["name"], **configs, params={})
+
+
+def load(name: str | Path = "pocket") -> Bundle:
+    """A model with its weights, named as in `outline`; half precision becomes float32.
+
+    Raises: CheckpointError when a file is missing, damaged, or does not match the model's spec.
+    """
+    folder, bundle = _folder(name), outline(name)
+    spec = specs(bundle.dit, bundle.vae, bundle.text)
     params, hashes = {}, {}
     for part in PARTS:
         path = folder / f"{part}.safetensors"
         arrays, _ = load_arrays(path)
         params[part] = unflatten(_match(arrays, flatten(abstract(spec[part])), path))
         hashes[part] = hashlib.sha256(path.read_bytes()).hexdigest()
-    sizes = json.dumps({part: head[part] for part in PARTS}, sort_keys=True)
-    hashes["model"] = hashlib.sha256(sizes.encode()).hexdigest()
-    return Bundle(head["name"], **configs, params=params, hashes=hashes)
+    sizes = {part: dataclasses.asdict(getattr(bundle, part)) for part in PARTS}
+    hashes["model"] = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()
+    return dataclasses.replace(bundle, params=params, hashes=hashes)
+
+
+def _folder(name: str | Path) -> Path:
+    inside = Path(str(resources.files("lvjax") / "assets" / "pocket"))
+    return inside if str(name) == "pocket" else Path(name)
 
 
 def _match(arrays: dict[str, np.ndarray], wanted: dict, path) -> dict:
@@ -200,15 +209,23 @@ def _match(arrays: dict[str, np.ndarray], wanted: dict, path) -> dict:
     return {k: jnp.asarray(arrays[k].astype(np.float32)) for k in wanted}
 
 
+def _narrow(name: str, weight, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        out = np.asarray(jax.device_get(weight)).astype(dtype)
+    if not np.isfinite(out.astype(np.float32)).all():
+        raise InputError(f"{name} is not finite in {dtype}; save with dtype='float32'")
+    return out
+
+
 def save(folder, bundle: Bundle, dtype: str = "float16") -> None:
-    """Write a bundle as a folder that `load` reads; weights in `dtype`."""
+    """Write a bundle as a folder that `load` reads; weights in `dtype`.
+
+    Raises: InputError when a weight is too large for `dtype`; StorageError.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
-        flat = {
-            k: np.asarray(jax.device_get(v)).astype(dtype)
-            for k, v in flatten(bundle.params[part]).items()
-        }
+        flat = {k: _narrow(k, v, dtype) for k, v in flatten(bundle.params[part]).items()}
         save_arrays(folder / f"{part}.safetensors", flat)
     head = {"name": bundle.name} | {
         k: dataclasses.asdict(getattr(bundle, k)) for k in ("dit", "vae", "text", "defaults")

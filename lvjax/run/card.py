@@ -65,7 +65,7 @@ def check_place(output) -> None:
         return
     try:
         kind = json.loads(path.read_text(encoding="utf-8"))["format"]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         kind = None
     if not (isinstance(kind, str) and kind.startswith(FAMILY)):
         raise InputError(
@@ -92,7 +92,7 @@ def read_json(path) -> Any:
     """Raises: CheckpointError when the file is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{path} is not a readable run card ({type(e).__name__})") from e
 
 

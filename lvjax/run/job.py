@@ -9,6 +9,7 @@ cut off and made again, bit for bit.
 import base64
 import dataclasses
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from lvjax.core.checkpoint import load_meta
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.io.video import FragmentedWriter
 from lvjax.run import card as cards
 from lvjax.run.bundle import Bundle, Defaults
 from lvjax.run.session import ClipResult, Request, Session, check_request, open_session
-from lvjax.run.state import chain, load_meta, load_state, save_state, state_path
+from lvjax.run.state import chain, load_state, save_state, state_path
 
 PLAIN = {
     "frames": int,
@@ -96,7 +98,7 @@ def request_of(options: dict[str, Any]) -> Request:
             raise TypeError(f"{wrong[0]} is {plain[wrong[0]]!r}")
         height, width = map(int, options["size"])
         return Request(rows, size=(height, width), start=start, **plain)
-    except (KeyError, TypeError, ValueError, OverflowError, OSError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, OSError) as e:
         raise _of_another_version(e) from e
 
 
@@ -190,7 +192,13 @@ def _unpngs(pngs: list) -> np.ndarray:
 def _unpng(text: str) -> np.ndarray:
     from PIL import Image
 
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))).astype(np.float32) / 127.5 - 1
+    data, too_large = io.BytesIO(base64.b64decode(text)), Image.DecompressionBombWarning
+    try:
+        with warnings.catch_warnings(action="error", category=too_large):
+            with Image.open(data, formats=("PNG",)) as image:
+                return np.asarray(image.convert("RGB")).astype(np.float32) / 127.5 - 1
+    except (Image.DecompressionBombError, too_large) as e:
+        raise ValueError(f"a start frame is too large: {e}") from e
 
 
 def start(bundle: Bundle, request: Request, output, card: dict[str, Any]) -> tuple[str, ...]:
@@ -208,12 +216,13 @@ def start(bundle: Bundle, request: Request, output, card: dict[str, Any]) -> tup
     return notices
 
 
-def frames_done(output) -> int:
-    """Frames that an unfinished run has made.
+def position(output) -> tuple[int, int]:
+    """Clips and frames that an unfinished run has made.
 
     Raises: CheckpointError when the state beside `output` is not that of such a run.
     """
-    return _meta(output)["frame"]
+    meta = _meta(output)
+    return meta["clip"], meta["frame"]
 
 
 def is_complete(output) -> bool:

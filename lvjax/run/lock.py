@@ -53,9 +53,8 @@ def _hold(path: Path, output, option: str):
             "host": socket.gethostname(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(me).encode(), 0)
         try:
+            _write(handle, path, json.dumps(me).encode(), option)
             yield
         finally:
             if handle in _held:
@@ -64,6 +63,16 @@ def _hold(path: Path, output, option: str):
         if handle in _held:  # not in a forked child, which has closed its copy
             _held.discard(handle)
             os.close(handle)
+
+
+def _write(handle: int, path: Path, data: bytes, option: str) -> None:
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, data, 0)
+    except OSError as e:
+        raise StorageError(
+            f"cannot write {path}: {e.strerror or e}; free space or choose another {option}"
+        ) from e
 
 
 def _open(path: Path, output, option: str) -> int:

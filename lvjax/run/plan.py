@@ -2,34 +2,31 @@
 """What a run will need, by arithmetic, before weights are read and before anything is compiled:
 memory, disk and time; and whether memory and disk are there.
 
-Owns: the plan, and the sizes of a model without its weights.  Does not own: the compiled programs,
-whose real figures need minutes of compilation; tests hold the plan against measured peaks.
+Does not own: the compiled programs, whose real figures need minutes of compilation; tests hold the
+plan against measured peaks.
 """
 
 import dataclasses
-import json
 import math
 import os
 import shutil
 import time
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from lvjax.core.errors import DoesNotFitError, LvjaxError, StorageError
+from lvjax.core.errors import DoesNotFitError, StorageError
 from lvjax.core.params import flatten, num_bytes
 from lvjax.flow.schedule import make_schedule
 from lvjax.flow.truncated import steps_needed
 from lvjax.memory.cache import init_cache
-from lvjax.models.config import DiTConfig, VAEConfig
-from lvjax.models.pocket_text import PocketTextConfig
+from lvjax.models.config import VAEConfig
 from lvjax.models.vae import vae_spec
-from lvjax.rollout.clipwise import MASK, pixel_frames
-from lvjax.run.bundle import PARTS, Bundle, Defaults, load, specs
-from lvjax.run.session import Request, clip_count, data_mesh
+from lvjax.rollout.clipwise import MASK
+from lvjax.run.bundle import Bundle, specs
+from lvjax.run.session import Request, cuts, data_mesh
 
 # bytes of the process once jax is up and the pocket programs are loaded, measured on the CPU
 RUNTIME = 520e6
@@ -49,15 +46,15 @@ EFFICIENCY = 0.8
 class Work:
     """What is to be made, as far as it costs anything.
 
-    batch: videos at once.  size: (height, width) in pixels.  frames: pixel frames of each video;
-    given: those of them that begin the first clip.  steps: of the sampler.  guided: whether
-    guidance doubles the batch.
+    batch: videos at once.  size: (height, width) in pixels.  clips, frames: to be made of each
+    video, in clips and in pixel frames.  steps: of the sampler.  guided: whether guidance doubles
+    the batch.
     """
 
     batch: int
     size: tuple[int, int]
+    clips: int
     frames: int
-    given: int
     steps: int
     guided: bool
 
@@ -92,41 +89,14 @@ class Plan:
         return self.host + self.shared * self.devices * self.device_bytes
 
 
-def outline(model: str, defaults=lambda d: d) -> Bundle:
-    """A model without its weights (params and hashes are empty), as `bundle.load` names it.
-
-    defaults: applied to the model's own.
-    Raises: CheckpointError as `bundle.load` does.
-    """
-    home = resources.files("lvjax") / "assets" / "pocket" if model == "pocket" else Path(model)
-    kinds = dict(
-        zip((*PARTS, "defaults"), (DiTConfig, VAEConfig, PocketTextConfig, Defaults), strict=True)
-    )
-    try:
-        head = json.loads(home.joinpath("model.json").read_text())
-        parts = {
-            k: cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in head[k].items()})
-            for k, cls in kinds.items()
-        }
-        bundle = Bundle(head["name"], **parts, params={})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, LvjaxError):
-        bundle = load(model)  # which says what is wrong
-    return dataclasses.replace(bundle, defaults=defaults(bundle.defaults))
-
-
-def work_of(request: Request, bundle: Bundle, done: int = 0) -> Work:
-    """What a request asks of a model, `done` pixel frames of it being made."""
-    d = bundle.defaults
-    given = 1 + pixel_frames(d.overlap) if done else 0
-    if request.start is not None and not done:
-        found = ((1,) * (5 - request.start.ndim) + request.start.shape)[1]
-        given = min(found, pixel_frames(d.overlap))
-        given -= (given - 1) % MASK
+def work_of(request: Request, bundle: Bundle, clip: int = 0) -> Work:
+    """What a request asks of a model, from clip number `clip` on."""
+    d, parts = bundle.defaults, cuts(bundle.defaults, request)
     return Work(
         batch=len(request.timelines),
         size=tuple(request.size or d.size),
-        frames=request.frames - done,
-        given=given,
+        clips=parts.clips - clip,
+        frames=request.frames - parts.begin(clip),
         steps=d.steps if request.steps is None else request.steps,
         guided=(d.guidance if request.guidance is None else request.guidance) != 1,
     )
@@ -156,7 +126,6 @@ def make_plan(bundle: Bundle, work: Work) -> Plan:
     # Saving copies the state to the host and into a file twice over.  On the CPU that is less than
     # the same memory held while computing.
     saving = 0 if shared else 3 * state
-    clips = clip_count(d, work.frames, work.given)
     return Plan(
         memory=memory,
         devices=devices,
@@ -165,8 +134,8 @@ def make_plan(bundle: Bundle, work: Work) -> Plan:
         disk=round(
             work.batch * (math.prod(work.size) * work.frames * VIDEO_BITS / 8 + 2e5) + 2 * state
         ),
-        flops=float(clips) * devices * _clip_flops(bundle, work, rows, batch),
-        clips=clips,
+        flops=float(work.clips) * devices * _clip_flops(bundle, work, rows, batch),
+        clips=work.clips,
         frames=work.frames,
     )
 

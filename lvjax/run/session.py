@@ -27,7 +27,14 @@ from lvjax.methods import METHODS, ErrorFree
 from lvjax.models.dit import embed_context
 from lvjax.models.pocket_text import encode_text
 from lvjax.models.vae import encode as encode_video
-from lvjax.rollout.clipwise import Clip, first_condition, pixel_frames, shard_state
+from lvjax.rollout.clipwise import (
+    MASK,
+    Clip,
+    first_condition,
+    given_frames,
+    pixel_frames,
+    shard_state,
+)
 from lvjax.rollout.method import Method, stream
 from lvjax.run.bundle import Bundle, Defaults
 from lvjax.run.timeline import Cuts, notices
@@ -164,32 +171,33 @@ def frame_count(seconds: float, fps: int) -> int:
     """
     if not 0 < seconds <= MAX_FRAMES / fps:  # false for NaN
         raise InputError(f"seconds is {seconds}; give a positive number up to {MAX_FRAMES / fps:g}")
-    return check_frames(1 + 4 * round(seconds * fps / 4))
+    return check_frames(1 + MASK * round(seconds * fps / MASK))
 
 
 def check_frames(frames: int) -> int:
     """Raises: InputError naming the two nearest counts of the form 1 + 4m."""
-    if frames < 1 or frames > MAX_FRAMES or (frames - 1) % 4:
-        near = min(frames, MAX_FRAMES - 4)
-        below = max(1, near - (near - 1) % 4)
+    if frames < 1 or frames > MAX_FRAMES or (frames - 1) % MASK:
+        near = min(frames, MAX_FRAMES - MASK)
+        below = max(1, near - (near - 1) % MASK)
         raise InputError(
             f"frames is {frames}; it must be 1 + 4m, at most {MAX_FRAMES}: the nearest are "
-            f"{below} and {below + 4}"
+            f"{below} and {below + MASK}"
         )
     return frames
 
 
-def cuts(defaults: Defaults, frames: int, given: int) -> Cuts:
-    """The clips of a video of `frames` whose first clip is given `given` frames and shows the last
-    of them.
-    """
+def given_of(defaults: Defaults, start) -> int:
+    """Pixel frames of a request's start that its first clip is given."""
+    shape = np.shape(start)  # [H, W, 3], [P, H, W, 3], [B, P, H, W, 3]
+    available = 0 if start is None else ((1,) * (5 - len(shape)) + shape)[1]
+    return given_frames(available, defaults.overlap)
+
+
+def cuts(defaults: Defaults, request: Request) -> Cuts:
+    """The clips of the videos of a request; the first shows the last of the frames it is given."""
     clip, shared = pixel_frames(defaults.clip_latents), pixel_frames(defaults.overlap)
-    return Cuts(frames, clip - max(given - 1, 0), clip - shared, defaults.fps)
-
-
-def clip_count(defaults: Defaults, frames: int, given: int) -> int:
-    """Clips of the video that `cuts` describes."""
-    return cuts(defaults, frames, given).clips
+    given = given_of(defaults, request.start)
+    return Cuts(request.frames, clip - max(given - 1, 0), clip - shared, defaults.fps)
 
 
 def check_size(size: tuple[int, int], bundle: Bundle) -> tuple[int, int]:
@@ -271,7 +279,7 @@ def _session(bundle: Bundle, request: Request, mesh) -> Session:
     size = tuple(request.size or d.size)
     settings = _settings(d, request)
     method = METHODS[request.method](bundle.params, bundle.dit, bundle.vae, settings)
-    given, source = _start(d, request, size, batch)
+    given, source = given_of(d, request.start), _start(d, request, size, batch)
     stride = bundle.vae.spatial_stride
     latents = (batch, d.clip_latents, size[0] // stride, size[1] // stride, bundle.vae.z)
 
@@ -285,7 +293,7 @@ def _session(bundle: Bundle, request: Request, mesh) -> Session:
         )
         return method.init(condition, keys)
 
-    parts = cuts(d, request.frames, given)
+    parts = cuts(d, request)
     session = Session(
         method,
         init,
@@ -333,11 +341,9 @@ def data_mesh(batch: int):
 
 
 def _start(d: Defaults, request: Request, size: tuple[int, int], batch: int):
-    """Frames that the first clip is given (a count of the form 1 + 4m, or 0) and their array [B, P,
-    H, W, 3] on the host.
-    """
+    """The frames that the first clip is given, float32 [B, P, H, W, 3] on the host, or None."""
     if request.start is None:
-        return 0, None
+        return None
     start = np.asarray(request.start, np.float32)
     start = start.reshape((1,) * (5 - start.ndim) + start.shape)
     if start.shape[2:4] != size:
@@ -347,9 +353,8 @@ def _start(d: Defaults, request: Request, size: tuple[int, int], batch: int):
         )
     if start.shape[0] not in (1, batch):
         raise InputError(f"{start.shape[0]} starts are given for {batch} videos; give one or all")
-    given = min(start.shape[1], pixel_frames(d.overlap))
-    given -= (given - 1) % 4
-    return given, np.broadcast_to(start[:, -given:], (batch, given, *start.shape[2:]))
+    given = given_of(d, start)
+    return np.broadcast_to(start[:, -given:], (batch, given, *start.shape[2:]))
 
 
 def _clips(

@@ -30,11 +30,6 @@ def load_state(path, like, place: Callable = jax.device_put) -> tuple[Any, dict[
     return place(restore_tree(like, arrays, str(path))), meta
 
 
-def load_meta(path) -> dict[str, Any]:
-    """The meta alone (the file is checked all the same)."""
-    return load_arrays(path)[1]
-
-
 def state_path(output) -> Path:
     return Path(f"{output}.state")
 

@@ -123,8 +123,8 @@ def extension_loss(cfg: DiTConfig, text_cfg: PocketTextConfig, task: ExtensionTa
     params: {"dit", "text"}.  batch: latents [B, T, H, W, C], ids int32 [B, M] and least int32 [B],
       the fewest frames that must be given: up to there another prompt may have ruled; covered
       float32 [B, T, H, W], the share of a cell that an object covers.  For the memory also history
-      [B, K, T, H, W, C], history_ids [B, K, M] and history_gap int32 [B, K]: how many latent
-      frames before this clip each earlier one began.
+      [B, K, T, H, W, C], history_ids [B, K, M] and history_gap int32 [B, K], equal rows: how many
+      latent frames before this clip each earlier one began.
     """
 
     def loss(params, batch, key):

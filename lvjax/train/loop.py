@@ -39,15 +39,15 @@ class TrainState:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """steps: of the whole run.  peak: learning rate after `warmup` steps, decaying linearly to zero
-    from step `decay_from`·steps.
+    """steps: of the whole run.  learning_rate: after `warmup` steps, decaying linearly to zero from
+    step `decay_from`·steps.
 
     ema: decay of the average, lower at the beginning: min(ema, (1 + n) / (10 + n)).  save_every:
       seconds between snapshots.
     """
 
     steps: int
-    peak: float
+    learning_rate: float
     warmup: int = 100
     decay_from: float = 0.4
     b2: float = 0.99
@@ -64,9 +64,9 @@ def make_optimizer(o: TrainOptions) -> optax.GradientTransformation:
     hold = max(int(o.steps * o.decay_from), o.warmup)
     rate = optax.join_schedules(
         [
-            optax.linear_schedule(0.0, o.peak, o.warmup),
-            optax.constant_schedule(o.peak),
-            optax.linear_schedule(o.peak, 0.0, max(o.steps - hold, 1)),
+            optax.linear_schedule(0.0, o.learning_rate, o.warmup),
+            optax.constant_schedule(o.learning_rate),
+            optax.linear_schedule(o.learning_rate, 0.0, max(o.steps - hold, 1)),
         ],
         [o.warmup, hold],
     )

@@ -5,12 +5,13 @@ import dataclasses
 import json
 
 import pytest
+from ml_collections import ConfigDict
 
 from lvjax.cli import config
 from lvjax.cli.main import main
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.lab.pocket import Stage
-from lvjax.run.bundle import ALLOWED, Defaults, load, save
+from lvjax.run.bundle import ALLOWED, Defaults, load, outline, save
 from tests.tiny import tiny_bundle
 
 BAD = {
@@ -92,6 +93,47 @@ def test_a_model_file_with_bad_values_is_a_bad_checkpoint(model, tmp_path, part,
     with pytest.raises(CheckpointError, match=message) as e:
         load(tmp_path)
     assert "model.json" in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("dit", {"dim": "256"}, "DiTConfig.dim is '256'; give a whole number"),
+        ("dit", {"num_heads": 3}, "a multiple of 6"),
+        ("dit", {"patch": None}, "DiTConfig.patch is None; give three"),
+        ("vae", {"dim_mult": [1, 0]}, "VAEConfig.dim_mult"),
+        ("vae", {"temporal_down": []}, "VAEConfig.temporal_down"),
+        ("vae", {"mean": [0.0]}, "VAEConfig.mean"),
+        ("text", {"num_heads": 5}, "a multiple of num_heads, 5"),
+    ],
+)
+def test_a_model_of_impossible_sizes_is_a_bad_checkpoint(model, tmp_path, part, change, message):
+    head = json.loads((model / "model.json").read_text())
+    head[part] |= change
+    (tmp_path / "model.json").write_text(json.dumps(head))
+    with pytest.raises(CheckpointError, match=message) as e:
+        outline(tmp_path)
+    assert "model.json" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_path_that_is_no_config_is_not_another_config(tmp_path, monkeypatch):
+    for name in ("demo", "demo.py", "configs/demo.py"):
+        assert config.find(name).name == "demo.py"
+    monkeypatch.chdir(tmp_path)
+    for name in ("other/configs/demo.py", f"{tmp_path}/configs/demo.py", "demo.txt", "x/demo"):
+        with pytest.raises(InputError, match="no config"):
+            config.find(name)
+
+
+@pytest.mark.parametrize("key", ["a.b.a", "a.a.a", "a.a"])
+def test_a_key_is_looked_up_at_every_level(key):
+    values = ConfigDict({"a": {"a": 1, "b": {"a": 1}}})
+    if key == "a.a.a":  # a number has no keys
+        with pytest.raises(InputError, match="no keys"):
+            config._assign(values, key, 2)
+    else:
+        config._assign(values, key, 2)
+        assert (values.a.b.a, values.a.a) == ((2, 1) if key == "a.b.a" else (1, 2))
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import time
 import numpy as np
 import pytest
 
+from lvjax.core.checkpoint import load_meta
 from lvjax.io.video import read_video
 from lvjax.run.bundle import save
 from lvjax.run.card import card_path
-from lvjax.run.state import load_meta, state_path
+from lvjax.run.state import state_path
 from tests.tiny import tiny_bundle
 
 pytestmark = pytest.mark.long

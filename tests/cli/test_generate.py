@@ -13,8 +13,10 @@ import time
 import numpy as np
 import pytest
 
+from lvjax.cli.generate import _moment
 from lvjax.cli.main import main
 from lvjax.core.checkpoint import load_arrays, save_arrays
+from lvjax.core.errors import InputError
 from lvjax.io.video import read_card, read_video
 from lvjax.run import job, lock
 from lvjax.run.bundle import load, save
@@ -179,11 +181,62 @@ def test_no_run_replaces_the_state_of_another(model, tmp_path, capsys):
 
 
 def test_a_run_is_not_resumed_with_another_model(model, tmp_path, capsys):
-    other = shutil.copytree(model, tmp_path / "other")
+    other, out = shutil.copytree(model, tmp_path / "other"), tmp_path / "a.mp4"
     head = json.loads((other / "model.json").read_text())
     head["dit"]["theta"] = 5000.0  # the same shapes
     (other / "model.json").write_text(json.dumps(head))
-    assert load(str(other)).hashes != load(model).hashes
+    interrupted(model, out, 1, *PROMPTS, "--frames", "29")
+    capsys.readouterr()
+    before = {p: p.read_bytes() for p in tmp_path.glob("a.mp4*")}
+    assert main(["generate", "--resume", "--out", str(out), "--model", str(other)]) == 2
+    assert "other weights" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in tmp_path.glob("a.mp4*")}
+
+
+def test_a_state_without_its_video_is_not_replaced(model, tmp_path, capsys):
+    out = tmp_path / "a.mp4"
+    interrupted(model, out, 1, *PROMPTS, "--frames", "29")
+    out.rename(tmp_path / "elsewhere.mp4")
+    card_path(out).unlink()
+    capsys.readouterr()
+    assert generate(model, out, *PROMPTS) == 2
+    assert "a.mp4.state already exists (unfinished" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(model, tmp_path):
+    """No file may grow: the lock is the first that cannot be written."""
+    code = (
+        "import resource, signal, sys\n"
+        "from lvjax.cli.main import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    out = tmp_path / "a.mp4"
+    args = ("generate", "--model", model, "--out", str(out), "--prompt", "a red circle")
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+    assert done.returncode == 6 and done.stderr.count("\n") == 1 and "free space" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "moment"),
+    [
+        ("3.5 the camera pans left", (3.5, "the camera pans left")),
+        ("4: the camera pans left", (4.0, "the camera pans left")),
+        ("4s,a red circle", (4.0, "a red circle")),
+        ("1:30 a red circle", (90.0, "a red circle")),
+        ("0:07.5, 2 circles", (7.5, "2 circles")),
+    ],
+)
+def test_lines_of_a_timeline(line, moment):
+    assert _moment(line, "story.txt") == moment
+
+
+@pytest.mark.parametrize("line", ["1:75 a red circle", "1:30", "a red circle", "-1 x", "1:2:30 x"])
+def test_lines_that_are_no_moment(line):
+    with pytest.raises(InputError, match="1:30 the camera"):
+        _moment(line, "story.txt")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

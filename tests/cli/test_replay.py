@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`lvjax replay` end to end on a tiny random model: the same bytes again, and what is refused."""
 
+import base64
+import io
 import json
 
 import numpy as np
@@ -106,6 +108,27 @@ def card(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("card") / "a.mp4"
     generate(model, out, *PROMPTS, "--frames", "5")
     return json.loads(card_path(out).read_text())
+
+
+def drawn(format: str, side: int) -> str:
+    """A start frame as a card holds it, in a format and size of one's choice."""
+    data = io.BytesIO()
+    Image.new("1" if format == "PNG" else "RGB", (side, side)).save(data, format)
+    return base64.b64encode(data.getvalue()).decode()
+
+
+@pytest.mark.parametrize("start", [("EPS", 16), ("BMP", 16), ("PNG", 20_000)], ids=str)
+def test_a_start_frame_that_is_no_harmless_picture(card, tmp_path, capsys, start):
+    """Other formats than PNG are never opened: for some, Pillow starts outside programs."""
+    options = card["options"] | {"start": [drawn(*start)]}
+    assert replay(card | {"options": options}, tmp_path) == 3
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_card_nested_without_end(tmp_path, capsys):
+    (tmp_path / "x.mp4.json").write_text("[" * 100_000)
+    assert main(["replay", str(tmp_path / "x.mp4.json")]) == 3
+    assert "not a readable run card" in capsys.readouterr().err
 
 
 def replay(card, folder) -> int:

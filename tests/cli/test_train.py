@@ -84,7 +84,7 @@ def test_a_signal_saves_the_step_in_flight_and_the_run_goes_on(
 
 
 def test_a_signal_while_clips_are_rendered_ends_at_once(command, capsys, monkeypatch):
-    def fill(store):
+    def fill(store, left):
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("not reached")
 
@@ -145,7 +145,7 @@ def test_clips_that_do_not_fit_are_refused_before_they_are_rendered(
         ("seed=1", "seed was 0, is 1"),
         ("autoencoder=()", "stage 1 of autoencoder was vae_image, is nothing"),
         (stages("extension", name="dit_other"), "was dit, is dit_other"),
-        (stages("extension", peak=1.0), "dit.peak was 0.001, is 1.0"),
+        (stages("extension", warmup=7), "dit.warmup was 1, is 7"),
         (stages("extension", batch=1), "dit.batch was 2, is 1"),
         (stages("extension", steps=1), "it may only grow"),
         (stages("autoencoder", steps=3), "vae_image has more steps, but is done"),
@@ -164,7 +164,8 @@ def test_another_recipe_is_refused(finished, command, tmp_path, capsys, change, 
 
 def test_longer_stages_and_other_defaults_go_on(finished, command, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    assert main(command(stages("extension", steps=4), "defaults.upscale=3")) == 0
+    longer = stages("extension", steps=4, learning_rate=5e-4)  # as after a run that diverged
+    assert main(command(longer, "defaults.upscale=3")) == 0
     assert steps(tmp_path / "run") == dict.fromkeys(STAGES, 2) | {"dit": 4}
     assert load(tmp_path / "run" / "bundle").defaults.upscale == 3
     kept = json.loads((tmp_path / "run" / "recipe.json").read_text())

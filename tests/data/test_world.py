@@ -109,10 +109,11 @@ def test_clips_overlap_by_the_given_frames_and_the_store_resumes(tmp_path):
     assert frames.shape == (3, CLIP_FRAMES, 64, 64, 3) and ids.shape == (3, MAX_WORDS)
     np.testing.assert_array_equal(frames[1, :GIVEN], frames[0, -GIVEN:])
     store = ClipStore(tmp_path, 3, clips=2)
-    store.fill(stop=1)
+    left = iter((1.0, 0.0))
+    assert not store.fill(lambda: next(left)) and store.ready == 1
     again = ClipStore(tmp_path, 3, clips=2)
     assert again.ready == 1
-    again.fill()
+    assert again.fill()
     np.testing.assert_array_equal(again.frames[2], render(2, 2)[0])
     with pytest.raises(InputError, match="another folder"):
         ClipStore(tmp_path, 4, clips=2)

@@ -7,12 +7,13 @@ import json
 import numpy as np
 import pytest
 
+from lvjax.core.checkpoint import load_meta
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.io.video import read_video
 from lvjax.run import card as cards
 from lvjax.run import job
 from lvjax.run.session import Request
-from lvjax.run.state import load_meta, state_path
+from lvjax.run.state import state_path
 from tests.tiny import tiny_bundle
 
 ROWS = (((0.0, "the camera pans left"), (2.5, "a red circle moves up")),)
@@ -126,7 +127,7 @@ def test_a_run_opens_one_session_and_saves_no_empty_memory(bundle, tmp_path, mon
     output, request = tmp_path / "a.mp4", Request(ROWS, 29)
     said = job.start(bundle, request, output, card_of(bundle, request))
     assert len(said) == 1 and "will not be shown" in said[0] and not opened
-    assert load_meta(state_path(output))["clip"] == 0 == job.frames_done(output)
+    assert load_meta(state_path(output))["clip"] == 0 == job.position(output)[1]
     assert state_path(output).stat().st_size < 10_000
     steps = [p.frame for p in job.proceed(bundle, output, stop=lambda: True)]
     assert steps == [17] and len(opened) == 1

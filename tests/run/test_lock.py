@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Locks of several outputs at once."""
 
+import errno
 import os
 
 import pytest
 
-from lvjax.core.errors import InUseError
+from lvjax.core.errors import InUseError, StorageError
 from lvjax.run import lock
 
 
@@ -35,6 +36,16 @@ def test_two_names_of_one_file_are_one_output(tmp_path):
     with lock.hold([tmp_path / "a.mp4", tmp_path / "link" / "a.mp4", str(tmp_path / "a.mp4")]):
         with pytest.raises(InUseError), lock.hold(tmp_path / "link" / "a.mp4"):
             pass
+
+
+def test_a_lock_that_cannot_be_written(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(lock.os, "pwrite", full)
+    with pytest.raises(StorageError, match="free space"), lock.hold(tmp_path / "a.mp4"):
+        pass
+    assert names(tmp_path) == []
 
 
 def test_no_output_needs_no_lock(tmp_path):

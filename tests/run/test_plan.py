@@ -16,13 +16,13 @@ import pytest
 from lvjax.core.errors import CheckpointError, DoesNotFitError, StorageError
 from lvjax.rollout.method import compile_step
 from lvjax.run import plan as plans
-from lvjax.run.bundle import load, save
-from lvjax.run.plan import Work, make_plan, outline, work_of
+from lvjax.run.bundle import load, outline, save
+from lvjax.run.plan import Work, make_plan, work_of
 from lvjax.run.session import Request, open_session
 from lvjax.run.state import save_state
 from tests.tiny import tiny_bundle
 
-WORK = Work(batch=1, size=(64, 64), frames=41, given=0, steps=16, guided=True)
+WORK = Work(batch=1, size=(64, 64), clips=3, frames=41, steps=16, guided=True)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,11 @@ def test_work_is_what_the_request_costs(pocket):
     d = pocket.defaults
     assert work_of(request(3), pocket) == change(WORK, batch=3, steps=d.steps)
     assert not work_of(request(guidance=1.0), pocket).guided
-    for shape, given in (((64, 64, 3), 1), ((3, 64, 64, 3), 1), ((2, 9, 64, 64, 3), 5)):
-        assert work_of(request(start=np.zeros(shape, np.float32)), pocket).given == given
+    for shape, clips in (((64, 64, 3), 3), ((3, 64, 64, 3), 3), ((2, 9, 64, 64, 3), 4)):
+        assert work_of(request(start=np.zeros(shape, np.float32)), pocket).clips == clips
+    left = work_of(request(), pocket, clip=2)
+    assert (left.clips, left.frames) == (1, 12)
+    assert work_of(request(), pocket, clip=3) == change(WORK, clips=0, frames=0, steps=d.steps)
 
 
 def operations(jaxpr) -> float:
@@ -97,8 +100,7 @@ def test_what_guidance_given_frames_and_videos_cost(pocket):
     alone = make_plan(pocket, change(WORK, guided=False))
     assert alone.device_bytes < plain.device_bytes and 1.5 < plain.flops / alone.flops < 2
     assert alone.disk < plain.disk
-    assert make_plan(pocket, change(WORK, frames=17)).clips == 1
-    assert make_plan(pocket, change(WORK, frames=17, given=5)).clips == 2
+    assert make_plan(pocket, change(WORK, clips=1)).flops == plain.flops / 3
     two = make_plan(pocket, change(WORK, batch=2))
     assert two.devices == 2 and two.memory == plain.memory and two.flops == 2 * plain.flops
 
@@ -141,7 +143,7 @@ def test_time_follows_the_rate(pocket):
 
 
 @pytest.mark.parametrize(
-    "work", [change(WORK, batch=64), change(WORK, size=(512, 512), guided=False, given=5)]
+    "work", [change(WORK, batch=64), change(WORK, size=(512, 512), guided=False)]
 )
 def test_a_refusal_names_a_setting_that_fits(pocket, work, monkeypatch, tmp_path):
     """Given all of the work: a suggestion for unguided frames would be too small for guided."""

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lvjax.core.checkpoint import load_meta
 from lvjax.core.errors import CheckpointError, InUseError, StorageError
 from lvjax.io.video import FragmentedWriter, read_card
 from lvjax.run import card as cards
 from lvjax.run import lock
-from lvjax.run.state import chain, load_meta, load_state, save_state
+from lvjax.run.state import chain, load_state, save_state
 
 PROMPTS = (
     "赤い球が左へ動く",

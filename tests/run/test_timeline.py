@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts over time: which clip follows which prompt, and what is said of the others."""
 
-from lvjax.run.session import cuts
+import dataclasses
+
+import numpy as np
+
+from lvjax.run.session import Request, cuts
 from lvjax.run.timeline import Cuts, notices
 from tests.tiny import DEFAULTS
 
@@ -12,8 +16,10 @@ def test_clips_and_their_first_frames():
     assert PARTS.clips == 3 and [PARTS.begin(i) for i in range(4)] == [0, 17, 29, 41]
     for frames, clips in ((1, 1), (17, 1), (21, 2), (29, 2), (33, 3)):
         assert Cuts(frames, 17, 12, 8).clips == clips
-    assert cuts(DEFAULTS, 41, 0) == PARTS
-    assert cuts(DEFAULTS, 41, 5) == Cuts(41, 13, 12, 8)
+    wanted = Request((((0.0, "the camera pans left"),),), 41)
+    assert cuts(DEFAULTS, wanted) == PARTS
+    start = np.zeros((7, 64, 64, 3), np.float32)
+    assert cuts(DEFAULTS, dataclasses.replace(wanted, start=start)) == Cuts(41, 13, 12, 8)
 
 
 def test_a_clip_follows_the_prompt_at_its_first_own_frame():

@@ -26,7 +26,7 @@ from lvjax.train.extension import ExtensionTask, condition_of, extension_loss
 from lvjax.train.loop import TrainOptions, fit, init_state, load_snapshot, make_optimizer, make_step
 from tests.tiny import DIT, TEXT, VAE
 
-OPTIONS = TrainOptions(steps=12, peak=1e-2, warmup=2, log_every=3, save_every=0.0)
+OPTIONS = TrainOptions(steps=12, learning_rate=1e-2, warmup=2, log_every=3, save_every=0.0)
 
 
 def loss(params, batch, key):
