@@ -32,7 +32,7 @@ gpu:
 
 # Pocket training from the newest snapshot, at most nine minutes; state in at most four files of at most 16 MB.
 gpu-train:
-	PYTHONPATH=. $(PYTHON) -m lvjax.lab.pocket --minutes 9 --state $${STATE:-build/gpu-train} --out $${OUT:-build/gpu-train}
+	PYTHONPATH=. $(PYTHON) -m lvjax.lab.gpu_train --minutes 9 --state $${STATE:-build/gpu-train} --out $${OUT:-build/gpu-train}
 
 train-pocket: $(BIN)/.core
 	$(BIN)/lvjax train --config configs/pocket.py --folder runs/pocket

@@ -11,7 +11,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from lvjax.lab.pocket import Recipe
+from lvjax.lab.recipe import Recipe
 
 
 def get_config() -> ConfigDict:

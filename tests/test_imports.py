@@ -9,6 +9,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -73,6 +74,15 @@ def outside(path: Path) -> set[str]:
     """Packages that a file imports, the standard library and lvjax left out."""
     tops = {module.split(".")[0] for module in imports(path)}
     return tops - set(sys.stdlib_module_names) - {"lvjax"}
+
+
+def test_what_is_imported_is_declared():
+    """An installation without the test extra has every package that a file of the wheel imports."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.match(r"[\w-]+", d)[0].replace("-", "_") for d in project["dependencies"]}
+    own = {"PIL": "pillow", "orbax": "orbax_checkpoint"}
+    rest = set().union(*map(outside, (*SOURCES, *CONVERT))) - {"torch", "checkpoints_convert"}
+    assert {own.get(package, package) for package in rest} <= declared
 
 
 def test_every_package_has_a_floor():

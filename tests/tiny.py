@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole model, random and tiny, for tests of everything above the models."""
+"""A whole model, random and tiny, for tests of everything above the models; and how far two arrays
+are apart.
+"""
 
 import jax
+import numpy as np
 
 from lvjax.core.params import init
 from lvjax.data.prompts import VOCABULARY
@@ -47,3 +50,9 @@ def tiny_bundle() -> Bundle:
     head = params["dit"]["head"]["linear"]
     head["kernel"] = 0.05 * jax.random.normal(jax.random.key(9), head["kernel"].shape)
     return Bundle("tiny", DIT, VAE, TEXT, DEFAULTS, params, {k: "0" * 64 for k in parts})
+
+
+def relative(a, b) -> float:
+    """|a - b| / |b| in float64."""
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))

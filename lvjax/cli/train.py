@@ -11,7 +11,8 @@ from lvjax.core.compat import enable_compilation_cache
 from lvjax.core.errors import InputError, StorageError
 from lvjax.data.clips import CLIP_FRAMES
 from lvjax.data.world import SIZE
-from lvjax.lab.pocket import Recipe, Run, train
+from lvjax.lab.pocket import Run, train
+from lvjax.lab.recipe import Recipe
 from lvjax.lab.resume import claim
 from lvjax.run import lock
 

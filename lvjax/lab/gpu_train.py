@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make gpu-train`: pocket training in pieces on a machine that keeps nothing.
 
-    python -m lvjax.lab.pocket --minutes 9 --state DIR --out DIR [--bundle DIR] [--tiny]
+    python -m lvjax.lab.gpu_train --minutes 9 --state DIR --out DIR [--bundle DIR] [--tiny]
 
 Goes on from the newest piece under --state (from nothing when there is none), renders the clips
 again in a work folder, trains until the time is up, and leaves in --out at most four files of at
@@ -33,7 +33,8 @@ from lvjax.core.errors import CheckpointError, InputError, LvjaxError
 from lvjax.data.clips import CLIP_FRAMES, ClipStore, render
 from lvjax.data.prompts import VOCABULARY
 from lvjax.lab import pieces
-from lvjax.lab.pocket import Recipe, Run, Stage, assemble, train
+from lvjax.lab.pocket import Run, assemble, train
+from lvjax.lab.recipe import KINDS, Recipe, Stage
 from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.dit import dit_spec
 from lvjax.models.pocket_text import PocketTextConfig, text_spec
@@ -65,13 +66,12 @@ TINY = Recipe(
 
 def scaled(recipe: Recipe, factor: int) -> Recipe:
     """The recipe with batches `factor` times larger."""
-    kinds = ("autoencoder", "decoder", "extension")
     larger = {
         kind: tuple(
             dataclasses.replace(stage, batch=stage.batch * factor)
             for stage in getattr(recipe, kind)
         )
-        for kind in kinds
+        for kind in KINDS
     }
     return dataclasses.replace(recipe, **larger)
 
@@ -171,7 +171,9 @@ def say(text: str) -> None:
 
 
 def parse(argv: list[str] | None):
-    parser = argparse.ArgumentParser(prog="lvjax.lab.pocket", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="lvjax.lab.gpu_train", description=__doc__.splitlines()[0]
+    )
     add = parser.add_argument
     add("--minutes", type=float, default=9.0, help="length of this piece (default: 9)")
     add("--state", type=Path, required=True, help="folder with earlier pieces, at any depth")
@@ -188,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _main(args, start + 60 * args.minutes)
     except LvjaxError as e:
-        say(f"lvjax.lab.pocket: {e}")
+        say(f"lvjax.lab.gpu_train: {e}")
         return e.code
 
 
@@ -212,3 +214,7 @@ def _main(args, end: float) -> int:
         write_bundle(recipe, args.out, args.bundle)
         say(f"the model is in {args.bundle}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,7 +23,7 @@ import numpy as np
 from lvjax.core.checkpoint import load_arrays, save_arrays, tree_arrays
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.core.params import abstract
-from lvjax.train.loop import init_state, make_optimizer
+from lvjax.train.loop import SNAPSHOT, init_state, make_optimizer
 
 MAX_FILES, MAX_BYTES = 4, 16_000_000
 HEADER = 400_000  # kept free in each file for names, checksums and metrics
@@ -57,7 +57,7 @@ class Group(NamedTuple):
 
 
 def _snapshot(work: Path, stage) -> Path:
-    return work / stage.name / "snapshot.safetensors"
+    return work / stage.name / SNAPSHOT
 
 
 def _done(work: Path, stage) -> Path:

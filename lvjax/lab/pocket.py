@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training the pocket model from nothing: autoencoder, latents, video-extension DiT, and the
-package's weights.
+"""Training the pocket model from nothing: autoencoder, latents, video-extension DiT, decoder, and
+the package's weights.
 
 One folder holds the whole run: rendered clips, one subfolder per stage with its snapshot and
-metrics, and the bundle. Every stage resumes from its newest snapshot, so the same call goes on
-where it stopped; a stage that is done is skipped. `make train-pocket` is `lvjax train --config
-configs/pocket.py`; `make gpu-train` is `python -m lvjax.lab.pocket`, the same in pieces whose
-state travels in a few small files (gpu_train.py).
+metrics, and the bundle.  Every stage resumes from its newest snapshot, so the same call goes on
+where it stopped; a stage that is done is skipped.  `lvjax train` calls it; gpu_train.py does the
+same in pieces whose state travels in a few small files.
 """
 
 import dataclasses
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,151 +22,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from lvjax.core.checkpoint import load_arrays, restore_tree, write_atomic
-from lvjax.core.errors import CheckpointError, InputError
+from lvjax.core.errors import CheckpointError
 from lvjax.core.params import abstract, init
-from lvjax.data.clips import (
-    CLIP_FRAMES,
-    ClipStore,
-    camera_words,
-    comes_into_view,
-    continues,
-    coverage,
-)
-from lvjax.data.prompts import VOCABULARY
+from lvjax.data.clips import CLIP_FRAMES, ClipStore
 from lvjax.data.world import SIZE
-from lvjax.models.config import DiTConfig, VAEConfig
+from lvjax.lab.batches import latent_batches, video_batches
+from lvjax.lab.recipe import Recipe, Stage
+from lvjax.methods.error_free import memory_layers
+from lvjax.models.config import VAEConfig
 from lvjax.models.dit import dit_spec
-from lvjax.models.pocket_text import PocketTextConfig, text_spec
+from lvjax.models.pocket_text import text_spec
 from lvjax.models.vae import encode_moments, normalise, vae_spec
-from lvjax.run.bundle import Bundle, Defaults, load, save
+from lvjax.run.bundle import Bundle, load, save
 from lvjax.train.autoencoder import autoencoder_loss, inflate
-from lvjax.train.extension import ExtensionTask, extension_loss, local_start
-from lvjax.train.loop import TrainOptions, fit, init_state, load_snapshot, make_optimizer, make_step
-
-
-@dataclass(frozen=True)
-class Stage:
-    """name: its folder.  batch: clips per step.  frames: pixel frames (autoencoder) or latent
-    frames (DiT) per clip.
-
-    frozen: subtrees that do not move, by path.  memory: earlier clips seen (DiT).  given:
-      probability of 0, 1, 2, ... given latent frames, None for the recipe's.  first: share of the
-      batch that are first clips of a video, beyond their natural share (DiT without memory): there
-      objects come into view, and the prompt alone says which.  enters: share of the batch in which
-      an object comes into view.  object_weight: by how much more the error counts where an object
-      is.  shift: of the noise level, None for the recipe's.  balanced: whether all camera moves are
-      drawn equally often.
-    """
-
-    name: str
-    batch: int
-    frames: int
-    options: TrainOptions
-    frozen: tuple[str, ...] = ()
-    memory: int = 0
-    given: tuple[float, ...] | None = None
-    first: float = 0.0
-    enters: float = 0.0
-    object_weight: float = 0.0
-    shift: float | None = None
-    balanced: bool = False
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that `train` needs; the defaults made the weights in the package.
-
-    start: a bundle ("pocket" or a folder) to go on from: its autoencoder stays as it is but for the
-      decoder stage, and the extension stages begin with its DiT and text encoder.
-    """
-
-    dit: DiTConfig = DiTConfig(
-        256,
-        2,
-        4,
-        512,
-        condition_channels=20,
-        patch=(1, 1, 1),
-        text_dim=128,
-        text_len=16,
-        dtype="float32",
-    )
-    vae: VAEConfig = VAEConfig(32, 16, (1, 2, 2), 1, (True, True), 2, (0.0,) * 16, (1.0,) * 16)
-    text: PocketTextConfig = PocketTextConfig(len(VOCABULARY) + 1)
-    task: ExtensionTask = ExtensionTask()
-    defaults: Defaults = Defaults()
-    videos: int = 3500
-    clips: int = 6
-    autoencoder: tuple[Stage, ...] = (
-        Stage("vae_image", 16, 1, TrainOptions(2400, 3e-3, 80, 0.4, ema=0.998)),
-        Stage("vae_clip5", 4, 5, TrainOptions(1200, 2e-3, 80, 0.3, ema=0.998)),
-        Stage("vae_clip17", 2, CLIP_FRAMES, TrainOptions(1500, 1.2e-3, 80, 0.2, ema=0.998)),
-    )
-    decoder: tuple[Stage, ...] = (
-        Stage(
-            "vae_decoder",
-            2,
-            CLIP_FRAMES,
-            TrainOptions(3000, 1e-3, 80, 0.2, ema=0.998),
-            ("encoder", "quant"),
-        ),
-    )
-    extension: tuple[Stage, ...] = (
-        # one latent frame after a given one, and the text fixed: first the motion that words name
-        Stage(
-            "dit_pair",
-            12,
-            2,
-            TrainOptions(1500, 1.5e-3, 150, 1.0, weight_decay=0.01),
-            frozen=("text", "dit/text_embedding"),
-            given=(0.1, 0.9),
-        ),
-        Stage("dit_short", 12, 3, TrainOptions(1000, 1.2e-3, 100, 1.0, weight_decay=0.01)),
-        Stage("dit", 8, 5, TrainOptions(1400, 1.2e-3, 100, 1.0, weight_decay=0.01)),
-        Stage("dit_first", 8, 5, TrainOptions(2500, 1.2e-3, 50, 0.5, weight_decay=0.01), first=0.5),
-        Stage(
-            "dit_object",
-            8,
-            5,
-            TrainOptions(2200, 1e-3, 50, 0.6, weight_decay=0.01),
-            first=0.6,
-            object_weight=8.0,
-        ),
-        Stage(
-            "dit_enter",
-            8,
-            5,
-            TrainOptions(3500, 1.2e-3, 50, 0.4, weight_decay=0.01),
-            enters=0.7,
-            object_weight=8.0,
-            shift=4.0,
-        ),
-        Stage(
-            "dit_memory",
-            8,
-            5,
-            TrainOptions(900, 8e-4, 50, 0.4, weight_decay=0.01),
-            memory=1,
-            enters=0.5,
-            object_weight=8.0,
-            shift=4.0,
-            balanced=True,
-        ),
-        # fewer arrivals: objects that are in view stay whole, and zooms get their share of steps
-        Stage(
-            "dit_settle",
-            8,
-            5,
-            TrainOptions(1800, 8e-4, 50, 0.5, weight_decay=0.01, seed=1),
-            memory=1,
-            enters=0.25,
-            object_weight=4.0,
-            shift=4.0,
-            balanced=True,
-        ),
-    )
-    seed: int = 0
-    start: str | None = None
+from lvjax.train.extension import extension_loss, local_start
+from lvjax.train.loop import (
+    SNAPSHOT,
+    fit,
+    init_state,
+    load_snapshot,
+    make_optimizer,
+    make_step,
+)
 
 
 @dataclass
@@ -237,8 +112,7 @@ def assemble(recipe: Recipe, folder) -> Bundle:
     stats = json.loads((folder / "latents.json").read_text())
     cfg = dataclasses.replace(recipe.vae, mean=tuple(stats["mean"]), std=tuple(stats["std"]))
     remembers = any(
-        stage.memory and (folder / stage.name / "snapshot.safetensors").exists()
-        for stage in recipe.extension
+        stage.memory and (folder / stage.name / SNAPSHOT).exists() for stage in recipe.extension
     )
     defaults = dataclasses.replace(
         recipe.defaults,
@@ -250,7 +124,7 @@ def assemble(recipe: Recipe, folder) -> Bundle:
 
 def newest(folder: Path, stages: tuple[Stage, ...], spec, begun=None):
     """EMA parameters of the last of `stages` that has a snapshot, else `begun`."""
-    paths = [p for stage in stages if (p := folder / stage.name / "snapshot.safetensors").exists()]
+    paths = [p for stage in stages if (p := folder / stage.name / SNAPSHOT).exists()]
     if not paths and begun:
         return begun
     if not paths:
@@ -261,11 +135,6 @@ def newest(folder: Path, stages: tuple[Stage, ...], spec, begun=None):
         {k[4:]: v for k, v in arrays.items() if k.startswith("ema/")},
         str(paths[-1]),
     )
-
-
-def memory_layers(cfg: DiTConfig) -> tuple[int, int]:
-    """The latter half of the blocks."""
-    return cfg.num_layers // 2, cfg.num_layers
 
 
 def _stages(stages, params, make_loss, make_batches, run: Run):
@@ -292,7 +161,7 @@ def _stages(stages, params, make_loss, make_batches, run: Run):
             if int(state.step) < o.steps:
                 return None
             (folder / "done").touch()
-        params = load_snapshot(folder / "snapshot.safetensors", state).ema
+        params = load_snapshot(folder / SNAPSHOT, state).ema
     return params
 
 
@@ -315,26 +184,6 @@ def train_decoder(recipe: Recipe, cfg: VAEConfig, run: Run, store: ClipStore, pa
         return autoencoder_loss(cfg, latent_noise=0.3)
 
     return _stages(recipe.decoder, params, loss, lambda stage: video_batches(stage, store), run)
-
-
-def video_batches(stage: Stage, store: ClipStore):
-    """step -> uint8 [B, frames, H, W, 3], a function of the step."""
-
-    def batch(n: int):
-        rng = np.random.default_rng([stage.options.seed, stage.frames, n])
-        videos, clips = (
-            rng.integers(0, store.videos, stage.batch),
-            rng.integers(0, store.clips, stage.batch),
-        )
-        starts = rng.integers(0, CLIP_FRAMES - stage.frames + 1, stage.batch)
-        return np.stack(
-            [
-                store.frames[v, c, s : s + stage.frames]
-                for v, c, s in zip(videos, clips, starts, strict=True)
-            ]
-        )
-
-    return batch
 
 
 def encode_store(
@@ -416,85 +265,3 @@ def train_extension(recipe: Recipe, run: Run, store: ClipStore, latents: np.ndar
         lambda stage: latent_batches(stage, latents, store, recipe.task.stride),
         run,
     )
-
-
-def latent_batches(stage: Stage, latents: np.ndarray, store: ClipStore, stride: int):
-    """step -> {"latents", "ids", "least", "covered"} and, with memory, clips before them; a
-    function of the step.
-
-    A clip whose prompt is new begins with frames of another one: these must be given (`least`).
-    The gap to each earlier clip is its true one or, in half the batches, longer by up to 500 latent
-    frames, as a rollout of minutes has it.
-    """
-    if stage.memory and latents.shape[1] <= stage.memory:
-        raise InputError(
-            f"{latents.shape[1]} clips per video are too few for {stage.memory} earlier ones"
-        )
-    ids, objects = (np.asarray(a[: len(latents)]) for a in (store.ids, store.objects))
-    least = np.where(continues(ids), 0, latents.shape[2] - stride).astype(np.int32)
-    videos, clips = np.nonzero(least < stage.frames)
-    entering = comes_into_view(objects[videos, clips])
-    share = (
-        1 / _times_seen(camera_words(ids[videos, clips])) if stage.balanced else np.ones(len(clips))
-    )
-
-    def batch(n: int):
-        rng = np.random.default_rng([stage.options.seed, stage.memory, n])
-        back = _distances(rng, stage.memory, latents.shape[1])
-        allowed = np.flatnonzero(clips >= back.max(initial=0))
-        pick = _draw(rng, allowed, share, stage.batch)
-        if stage.enters:
-            other = _draw(rng, allowed[entering[allowed]], share, stage.batch)
-            pick = np.where(rng.random(stage.batch) < stage.enters, other, pick)
-        v, c = videos[pick], clips[pick]
-        c = np.where(rng.random(stage.batch) < stage.first, 0, c)
-        out = {
-            "latents": latents[v, c][:, : stage.frames],
-            "ids": ids[v, c],
-            "least": least[v, c],
-            "covered": coverage(objects[v, c], latents.shape[2:5])[:, : stage.frames],
-        }
-        if not stage.memory:
-            return out
-        far = int(np.exp(rng.uniform(0, np.log(500)))) if rng.random() < 0.5 else 0
-        past = v[:, None], c[:, None] - back[None, :]
-        return out | {
-            "history": latents[past][:, :, : stage.frames],
-            "history_ids": ids[past],
-            "history_gap": np.tile((back * stride + far).astype(np.int32), (stage.batch, 1)),
-        }
-
-    return batch
-
-
-def _draw(rng, these: np.ndarray, share: np.ndarray, count: int) -> np.ndarray:
-    """`count` of `these` indices, each as likely as its share says.
-
-    Raises: InputError when there are none.
-    """
-    if not len(these):
-        raise InputError("no clip is as this stage asks for; give more videos, or enters=0")
-    return rng.choice(these, count, p=share[these] / share[these].sum())
-
-
-def _times_seen(rows: np.ndarray) -> np.ndarray:
-    """How often each row of an integer array [N, M] is in it, [N]."""
-    _, which, times = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
-    return times[which.ravel()]
-
-
-def _distances(rng, memory: int, clips: int) -> np.ndarray:
-    """How many clips back the remembered ones are, equally spaced, the farthest first; int [K]."""
-    gap = int(rng.integers(1, 1 + (clips - 1) // memory)) if memory else 0
-    return np.arange(memory, 0, -1) * gap
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python -m lvjax.lab.pocket`: one piece of the training; see gpu_train.py."""
-    from lvjax.lab import gpu_train  # it imports this module
-
-    return gpu_train.main(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

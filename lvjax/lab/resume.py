@@ -15,9 +15,9 @@ from typing import Any
 
 from lvjax.core.checkpoint import write_atomic
 from lvjax.core.errors import CheckpointError, InputError
-from lvjax.lab.pocket import Recipe
+from lvjax.lab.recipe import KINDS, Recipe
+from lvjax.train.loop import SNAPSHOT
 
-KINDS = ("autoencoder", "extension", "decoder")
 # of a stage's options; steps have a rule of their own
 FREE = ("steps", "learning_rate", "save_every", "log_every")
 
@@ -71,7 +71,7 @@ def _differences(was, now, name: str = "") -> Iterator[str]:
 
 
 def _begun(recipe: dict, kind: str, folder: Path) -> list[dict]:
-    return [s for s in recipe[kind] if (folder / s["name"] / "snapshot.safetensors").exists()]
+    return [s for s in recipe[kind] if (folder / s["name"] / SNAPSHOT).exists()]
 
 
 def _stages(before: dict, now: dict, folder: Path) -> Iterator[str]:

@@ -98,13 +98,18 @@ def error_free(
     def init(condition, keys):
         b, t, h, w, _ = condition.shape
         grid = h // dit_cfg.patch[1], w // dit_cfg.patch[2]
-        layers = settings.layers or (dit_cfg.num_layers // 2, dit_cfg.num_layers)
+        layers = settings.layers or memory_layers(dit_cfg)
         batch = b if settings.guidance is None else 2 * b
         return method.init(
             init_cache(dit_cfg, batch, settings.capacity * t, grid, layers), condition, keys
         )
 
     return Method(init, method.step)
+
+
+def memory_layers(cfg: DiTConfig) -> tuple[int, int]:
+    """The half-open range of layers with memory, where nothing else is said: the latter half."""
+    return cfg.num_layers // 2, cfg.num_layers
 
 
 def _denoise(params, x, timestep, context, condition, rotation, past, *, cfg: DiTConfig):

@@ -22,6 +22,7 @@ from lvjax.core.params import flatten, num_bytes
 from lvjax.flow.schedule import make_schedule
 from lvjax.flow.truncated import steps_needed
 from lvjax.memory.cache import init_cache
+from lvjax.methods.error_free import memory_layers
 from lvjax.models.config import VAEConfig
 from lvjax.models.vae import vae_spec
 from lvjax.rollout.clipwise import MASK
@@ -149,7 +150,7 @@ def _tokens(bundle: Bundle, work: Work) -> tuple[tuple[int, int], int]:
 
 def _layers(bundle: Bundle) -> tuple[int, int]:
     """The half-open range of layers that have memory."""
-    return bundle.defaults.layers or (bundle.dit.num_layers // 2, bundle.dit.num_layers)
+    return bundle.defaults.layers or memory_layers(bundle.dit)
 
 
 def _bank_bytes(bundle: Bundle, rows: int, grid: tuple[int, int]) -> int:

@@ -37,6 +37,9 @@ class TrainState:
     step: jax.Array
 
 
+SNAPSHOT = "snapshot.safetensors"  # in the folder of a stage
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """steps: of the whole run.  learning_rate: after `warmup` steps, decaying linearly to zero from
@@ -170,7 +173,7 @@ def fit(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    snapshot = folder / "snapshot.safetensors"
+    snapshot = folder / SNAPSHOT
     if snapshot.exists():
         state = load_snapshot(snapshot, state)
     mesh = make_mesh(data=devices)

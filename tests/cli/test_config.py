@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
@@ -10,9 +11,8 @@ from ml_collections import ConfigDict
 from lvjax.cli import config
 from lvjax.cli.main import main
 from lvjax.core.errors import CheckpointError, InputError
-from lvjax.lab.pocket import Stage
-from lvjax.run.bundle import ALLOWED, Defaults, load, outline, save
-from tests.tiny import tiny_bundle
+from lvjax.lab.recipe import Stage
+from lvjax.run.bundle import ALLOWED, Defaults, load, outline
 
 BAD = {
     "fps=0": "from 1 to 240",
@@ -38,13 +38,6 @@ BAD = {
     "layers=(3, 1)": "first < last",
     "upscale=-1": "from 1 to 64",
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save(folder, tiny_bundle())
-    return folder
 
 
 @pytest.mark.parametrize("change", BAD)
@@ -88,7 +81,7 @@ def test_generate_ends_with_2_and_writes_nothing(model, tmp_path, capsys, change
     ],
 )
 def test_a_model_file_with_bad_values_is_a_bad_checkpoint(model, tmp_path, part, value, message):
-    head = json.loads((model / "model.json").read_text())
+    head = json.loads(Path(model, "model.json").read_text())
     (tmp_path / "model.json").write_text(json.dumps(head | {part: value}))
     with pytest.raises(CheckpointError, match=message) as e:
         load(tmp_path)
@@ -108,7 +101,7 @@ def test_a_model_file_with_bad_values_is_a_bad_checkpoint(model, tmp_path, part,
     ],
 )
 def test_a_model_of_impossible_sizes_is_a_bad_checkpoint(model, tmp_path, part, change, message):
-    head = json.loads((model / "model.json").read_text())
+    head = json.loads(Path(model, "model.json").read_text())
     head[part] |= change
     (tmp_path / "model.json").write_text(json.dumps(head))
     with pytest.raises(CheckpointError, match=message) as e:

@@ -13,10 +13,8 @@ import pytest
 
 from lvjax.core.checkpoint import load_meta
 from lvjax.io.video import read_video
-from lvjax.run.bundle import save
 from lvjax.run.card import card_path
 from lvjax.run.state import state_path
-from tests.tiny import tiny_bundle
 
 pytestmark = pytest.mark.long
 
@@ -34,13 +32,6 @@ def command(model, out, *args) -> list[str]:
         "--quiet",
         *args,
     ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save(folder, tiny_bundle())
-    return folder
 
 
 def test_twenty_kills_twenty_equal_videos(model, tmp_path):

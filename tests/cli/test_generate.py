@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lvjax generate` end to end on a tiny random model: files, exit codes, errors, resume."""
+"""`lvjax generate` end to end on a tiny random model: files, inputs, exit codes, errors."""
 
 import json
 import os
@@ -15,27 +15,12 @@ import pytest
 
 from lvjax.cli.generate import _moment
 from lvjax.cli.main import main
-from lvjax.core.checkpoint import load_arrays, save_arrays
 from lvjax.core.errors import InputError
 from lvjax.io.video import read_card, read_video
-from lvjax.run import job, lock
+from lvjax.run import job
 from lvjax.run.bundle import load, save
 from lvjax.run.card import card_path
-from lvjax.run.state import state_path
-from tests.tiny import tiny_bundle
-
-PROMPTS = ("--prompt", "the camera pans left", "--prompt", "a red circle moves up")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save(folder, tiny_bundle())
-    return str(folder)
-
-
-def generate(model, out, *args) -> int:
-    return main(["generate", "--model", model, "--out", str(out), *args])
+from tests.cli.commands import PROMPTS, generate
 
 
 def test_a_run_writes_a_playable_video_with_its_card(model, tmp_path, capsys):
@@ -55,37 +40,6 @@ def test_a_run_writes_a_playable_video_with_its_card(model, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "plan: 41 frames in 3 clips" in printed.out and "3/3" in printed.err
     assert re.search(r"disk \d+ MB; about \d+ s \(estimate: ", printed.out)
-
-
-def interrupted(model, out, clips: int, *args) -> None:
-    """Run until `clips` clips are done, and stop as a signal would."""
-    options = ["generate", "--model", model, "--out", str(out), *args]
-    done = []
-    original = job.proceed
-
-    def proceed(bundle, output, stop, **kwargs):
-        for p in original(bundle, output, stop=lambda: len(done) >= clips, **kwargs):
-            done.append(p)
-            yield p
-
-    job.proceed = proceed
-    try:
-        main(options)
-    finally:
-        job.proceed = original
-    assert state_path(out).exists() and len(done) == clips
-
-
-def test_an_interrupted_run_resumes_to_the_same_file(model, tmp_path):
-    args = (*PROMPTS, "--frames", "53", "--seed", "2")
-    assert generate(model, tmp_path / "whole.mp4", *args) == 0
-    interrupted(model, tmp_path / "cut.mp4", 2, *args)
-    with open(tmp_path / "cut.mp4", "ab") as f:
-        f.write(b"half a fragment")
-    assert read_video(tmp_path / "cut.mp4")[0].shape[0] == 29
-    assert main(["generate", "--resume", "--out", str(tmp_path / "cut.mp4")]) == 0
-    assert (tmp_path / "cut.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
-    assert main(["generate", "--resume", "--out", str(tmp_path / "cut.mp4")]) == 0
 
 
 def test_a_batch_is_one_file_per_prompt_and_video(model, tmp_path):
@@ -164,43 +118,6 @@ def test_more_videos_than_open_files(model, tmp_path, monkeypatch, capsys):
 def test_a_picture_that_no_file_holds(model, tmp_path, capsys):
     assert generate(model, tmp_path / "a.mp4", *PROMPTS, "--size", "16384x16") == 2
     assert "16384" in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
-def test_no_run_replaces_the_state_of_another(model, tmp_path, capsys):
-    """A batch that was interrupted, then one video under the same name, and the reverse."""
-    (tmp_path / "p.txt").write_text("the camera pans left\na red circle moves up\n")
-    batch = ("--prompt-file", str(tmp_path / "p.txt"), "--frames", "29")
-    for name, first, second in (("a", batch, (*PROMPTS, "--frames", "17")), ("b", PROMPTS, batch)):
-        out = tmp_path / f"{name}.mp4"
-        assert generate(model, out, *first) == 0
-        before = {p: p.read_bytes() for p in tmp_path.iterdir()}
-        assert generate(model, out, *second) == 2
-        assert "already exists" in capsys.readouterr().err
-        assert before == {p: p.read_bytes() for p in tmp_path.iterdir()}
-        assert generate(model, out, *second, "--overwrite") == 0
-
-
-def test_a_run_is_not_resumed_with_another_model(model, tmp_path, capsys):
-    other, out = shutil.copytree(model, tmp_path / "other"), tmp_path / "a.mp4"
-    head = json.loads((other / "model.json").read_text())
-    head["dit"]["theta"] = 5000.0  # the same shapes
-    (other / "model.json").write_text(json.dumps(head))
-    interrupted(model, out, 1, *PROMPTS, "--frames", "29")
-    capsys.readouterr()
-    before = {p: p.read_bytes() for p in tmp_path.glob("a.mp4*")}
-    assert main(["generate", "--resume", "--out", str(out), "--model", str(other)]) == 2
-    assert "other weights" in capsys.readouterr().err
-    assert before == {p: p.read_bytes() for p in tmp_path.glob("a.mp4*")}
-
-
-def test_a_state_without_its_video_is_not_replaced(model, tmp_path, capsys):
-    out = tmp_path / "a.mp4"
-    interrupted(model, out, 1, *PROMPTS, "--frames", "29")
-    out.rename(tmp_path / "elsewhere.mp4")
-    card_path(out).unlink()
-    capsys.readouterr()
-    assert generate(model, out, *PROMPTS) == 2
-    assert "a.mp4.state already exists (unfinished" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line(model, tmp_path):
@@ -342,74 +259,6 @@ def test_weights_that_overflow_stop_the_run(model, tmp_path, capsys):
     assert "latents of clip 0" in printed.err and "wrote" not in printed.out
 
 
-def test_nan_stops_at_its_clip_and_keeps_the_ones_before(model, tmp_path, capsys):
-    """NaN enters by the state: clip 2 begins from it."""
-    args = (*PROMPTS, "--frames", "53")
-    assert generate(model, tmp_path / "whole.mp4", *args) == 0
-    out = tmp_path / "a.mp4"
-    interrupted(model, out, 2, *args)
-    good = state_path(out).read_bytes()
-    arrays, meta = load_arrays(state_path(out))
-    arrays["condition"] = np.full_like(arrays["condition"], np.nan)
-    save_arrays(state_path(out), arrays, meta)
-    damaged = state_path(out).read_bytes()
-    assert main(["generate", "--resume", "--out", str(out)]) == 5
-    err = capsys.readouterr().err.strip().splitlines()
-    assert "latents of clip 2" in err[-1] and read_video(out)[0].shape[0] == 29
-    assert state_path(out).read_bytes() == damaged  # no state after the clip that failed
-    state_path(out).write_bytes(good)
-    assert main(["generate", "--resume", "--out", str(out)]) == 0
-    assert out.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
-
-
-def test_resume_takes_the_settings_of_the_run_or_none(model, tmp_path, capsys):
-    args = (*PROMPTS, "--frames", "53", "--seed", "2")
-    assert generate(model, tmp_path / "whole.mp4", *args) == 0
-    out = tmp_path / "a.mp4"
-    interrupted(model, out, 1, *args)
-    before = out.read_bytes(), state_path(out).read_bytes()
-    capsys.readouterr()
-    for other, name in (
-        (("--prompt", "the camera pans up", *args[4:]), "prompt"),
-        ((*args, "--steps", "3"), "steps"),
-        ((*args, "--seed", "3"), "seed"),
-        ((*args[:4], "--frames", "41", "--seed", "2"), "frames"),
-        ((*args, "--set", "defaults.shift=5.0"), "shift"),
-        (("--seed", "3"), "prompts"),
-    ):
-        assert generate(model, out, "--resume", *other) == 2
-        err = capsys.readouterr().err.strip()
-        assert name in err and len(err.splitlines()) == 1
-        assert (out.read_bytes(), state_path(out).read_bytes()) == before
-    assert generate(model, out, "--resume", *args) == 0
-    assert out.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
-    assert generate(model, out, "--resume", *args) == 0
-    assert generate(model, out, "--resume", *args, "--steps", "3") == 2  # complete, but another
-
-
-def test_resume_with_nothing_to_resume(tmp_path, capsys):
-    assert main(["generate", "--resume", "--out", str(tmp_path / "a.mp4")]) == 2
-    assert "no unfinished run" in capsys.readouterr().err
-
-
-def test_resume_refuses_other_weights_and_finds_moved_ones(model, tmp_path, capsys):
-    here, moved = tmp_path / "here", tmp_path / "moved"
-    save(here, load(model))
-    out = tmp_path / "a.mp4"
-    interrupted(str(here), out, 1, *PROMPTS, "--frames", "41")
-    here.rename(moved)
-    other = load(model)
-    head = other.params["dit"]["head"]["linear"]
-    head["kernel"] = head["kernel"] * 2
-    save(tmp_path / "other", other)
-    again = ["generate", "--resume", "--out", str(out)]
-    assert main(again) == 3
-    capsys.readouterr()
-    assert main([*again, "--model", str(tmp_path / "other")]) == 2
-    assert "other weights" in capsys.readouterr().err
-    assert main([*again, "--model", str(moved)]) == 0
-
-
 def test_the_plan_comes_before_the_weights(model, tmp_path, capsys):
     """With unreadable weights the plan is printed all the same."""
     shutil.copytree(model, tmp_path / "cut")
@@ -418,22 +267,6 @@ def test_the_plan_comes_before_the_weights(model, tmp_path, capsys):
     assert generate(str(tmp_path / "cut"), tmp_path / "a.mp4", *PROMPTS) == 3
     printed = capsys.readouterr()
     assert printed.out.startswith("plan: ") and "dit.safetensors" in printed.err
-
-
-def test_runs_whose_files_overlap_exclude_each_other(model, tmp_path, capsys):
-    """A batch to b.mp4 writes b-000.mp4 and b-001.mp4, which another run may hold."""
-    (tmp_path / "prompts.txt").write_text("the camera pans left\na red circle moves up\n")
-    batch = ("--prompt-file", str(tmp_path / "prompts.txt"), "--frames", "5")
-    with lock.hold(tmp_path / "b-001.mp4"):
-        assert generate(model, tmp_path / "b.mp4", *batch) == 7
-        assert "b-001.mp4 is being written" in capsys.readouterr().err
-    with lock.hold(tmp_path / "b.mp4"):
-        assert generate(model, tmp_path / "b.mp4", *batch) == 7
-    interrupted(model, tmp_path / "b.mp4", 1, *batch[:2], "--frames", "41")
-    with lock.hold(tmp_path / "b-000.mp4"):
-        assert main(["generate", "--resume", "--out", str(tmp_path / "b.mp4")]) == 7
-    assert main(["generate", "--resume", "--out", str(tmp_path / "b.mp4")]) == 0
-    assert not list(tmp_path.glob("*.lock"))
 
 
 def test_a_json_file_of_the_user_is_not_touched(model, tmp_path, capsys):
@@ -445,49 +278,6 @@ def test_a_json_file_of_the_user_is_not_touched(model, tmp_path, capsys):
     assert "a.mp4.json" in capsys.readouterr().err
     assert (tmp_path / "a.json").read_text() == '{"mine": 1}'
     assert card_path(out).read_text() == '{"mine": 2}'
-
-
-def test_a_damaged_state_is_refused(model, tmp_path, capsys):
-    out = tmp_path / "a.mp4"
-    interrupted(model, out, 1, *PROMPTS, "--frames", "53")
-    state = bytearray(state_path(out).read_bytes())
-    state[-5] ^= 1
-    state_path(out).write_bytes(state)
-    assert main(["generate", "--resume", "--out", str(out)]) == 3
-    assert "checksum" in capsys.readouterr().err
-
-
-def test_a_second_run_on_the_same_output_is_told_of_the_first(model, tmp_path):
-    out = tmp_path / "a.mp4"
-    holder = (
-        "import time; from lvjax.run.lock import hold\n"
-        f"with hold({str(out)!r}): print('held', flush=True); time.sleep(60)"
-    )
-    first = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
-    try:
-        assert first.stdout.readline().strip() == "held"
-        second = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "lvjax.cli.main",
-                "generate",
-                "--model",
-                model,
-                "--prompt",
-                "x",
-                "--out",
-                str(out),
-            ],
-            capture_output=True,
-            text=True,
-        )
-        assert second.returncode == 7 and str(first.pid) in second.stderr
-    finally:
-        first.kill()
-        first.wait()
-    assert os.path.exists(f"{out}.lock")
-    assert generate(model, out, *PROMPTS, "--frames", "5") == 0
 
 
 def test_info_and_help(capsys, model):

@@ -19,13 +19,6 @@ from tests.tiny import tiny_bundle
 PROMPTS = ("--prompt", "the camera pans left", "--prompt", "a red circle moves up")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save(folder, tiny_bundle())
-    return str(folder)
-
-
 def generate(model, out, *args) -> None:
     assert main(["generate", "--model", model, "--out", str(out), "--quiet", *args]) == 0
 

@@ -11,13 +11,9 @@ from lvjax.flow.guidance import combine, guided
 from lvjax.flow.sampling import sample
 from lvjax.flow.schedule import from_sigmas, make_schedule
 from lvjax.flow.solvers import SOLVERS
+from tests.tiny import relative
 
 TOLERANCE = 1e-6  # float32 against float64 over a whole run
-
-
-def relative(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 def noise(seed=0):

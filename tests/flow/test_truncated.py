@@ -12,6 +12,7 @@ from lvjax.flow.sampling import sample
 from lvjax.flow.schedule import from_sigmas, make_schedule
 from lvjax.flow.solvers import SOLVERS
 from lvjax.flow.truncated import flow_window, gain, state_weights, step_weights, steps_needed
+from tests.tiny import relative
 
 WINDOWS = [(0.0, 1.0), (0.0, 0.7), (0.3, 0.7), (0.2, 0.8), (0.5, 0.7)]
 GAINS = {  # conditional standard deviation -> gain for each window, two digits
@@ -23,11 +24,6 @@ GAINS = {  # conditional standard deviation -> gain for each window, two digits
     2.0: [1, 0.81, 1.14, 1.10, 1.28],
     5.0: [1, 0.92, 1.13, 1.11, 1.16],
 }
-
-
-def relative(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 def noise(seed=0):

@@ -9,6 +9,7 @@ import pytest
 from lvjax.core.errors import InputError
 from lvjax.kernels import attention
 from lvjax.kernels.attention import attend, attend_chunked, choose
+from tests.tiny import relative
 
 CPU = ("reference", "chunked")
 MASKS = {
@@ -40,11 +41,6 @@ def by_hand(q, k, v, mask=None):
         weights = np.exp(scores - scores.max())
         out[b, i, n] = weights / weights.sum() @ v[b, :, n]
     return out
-
-
-def relative(a, b):
-    a, b = (np.asarray(x, np.float64) for x in (a, b))
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 @pytest.mark.parametrize("kind", MASKS)

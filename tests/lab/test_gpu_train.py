@@ -14,6 +14,7 @@ from lvjax.core.errors import InputError
 from lvjax.core.params import abstract, flatten
 from lvjax.data.clips import ClipStore
 from lvjax.lab import gpu_train, pieces, pocket
+from lvjax.lab.recipe import Recipe
 from lvjax.run.bundle import load
 from lvjax.train import loop
 from lvjax.train.loop import init_state, make_optimizer, save_snapshot
@@ -37,16 +38,16 @@ def test_pieces_equal_one_run(tmp_path, monkeypatch, capsys):
     one, two, whole = (tmp_path / n for n in ("one", "two", "whole"))
     with monkeypatch.context() as patch:
         tick(patch)
-        seconds = gpu_train.RESERVE + 13  # one step of the second stage, then the time is up
+        seconds = gpu_train.RESERVE + 17  # one step of the second stage, then the time is up
         minutes = str(seconds / 60)
         command = ["--tiny", "--minutes", minutes, "--state", str(one), "--out", str(one)]
-        assert pocket.main(command) == 0
+        assert gpu_train.main(command) == 0
     first = _steps(one)
     assert first["stages"]["vae_image"] == {"step": 2, "done": True}
     assert first["stages"]["dit_memory"] == {"step": 1, "done": False} and not first["complete"]
 
     arguments = ["--tiny", "--minutes", "9", "--state", str(tmp_path), "--out", str(two)]
-    assert pocket.main([*arguments, "--bundle", str(tmp_path / "bundle")]) == 0
+    assert gpu_train.main([*arguments, "--bundle", str(tmp_path / "bundle")]) == 0
     assert "goes on from step 3" in capsys.readouterr().err
     last = _steps(two)
     assert last["complete"] and last["steps"] == 6
@@ -55,7 +56,7 @@ def test_pieces_equal_one_run(tmp_path, monkeypatch, capsys):
     names = sorted(p.name for p in two.iterdir())
     assert names == ["pocket-0000006-1of1.safetensors"]
 
-    pocket.main(["--tiny", "--minutes", "9", "--state", str(whole), "--out", str(whole)])
+    gpu_train.main(["--tiny", "--minutes", "9", "--state", str(whole), "--out", str(whole)])
     expected, _ = pieces.read(pieces.newest(whole))
     found, _ = pieces.read(pieces.newest(two))
     assert found.keys() == expected.keys()
@@ -65,7 +66,7 @@ def test_pieces_equal_one_run(tmp_path, monkeypatch, capsys):
     bundle = load(tmp_path / "bundle")
     assert bundle.dit == TINY.dit and bundle.vae.std != TINY.vae.std
     # a finished run stays finished, and needs no clips
-    assert pocket.main(["--tiny", "--state", str(two), "--out", str(one)]) == 0
+    assert gpu_train.main(["--tiny", "--state", str(two), "--out", str(one)]) == 0
     assert [p.name for p in one.iterdir()] == names
 
 
@@ -128,7 +129,7 @@ def test_what_does_not_fit_is_rounded_then_refused(monkeypatch):
 
 def test_the_full_recipe_fits_the_limits():
     """At its largest, while the transformer is trained, weights and moments are kept."""
-    recipe = pocket.Recipe()
+    recipe = Recipe()
     vae, dit, _ = gpu_train.groups(recipe)
     arrays = {f"vae/ema/{k}": np.zeros(p.shape, np.float32) for k, p in flatten(vae.spec).items()}
     for tree in ("params", "ema", "opt/mu", "opt/nu"):
@@ -143,15 +144,15 @@ def test_pieces_of_other_models_and_damaged_ones_are_refused(tmp_path, capsys):
     meta = {"complete": False, "models": "others", "latents": None}
     pieces.pack(tmp_path / "a", tmp_path / "work", gpu_train.groups(TINY), meta)
     arguments = ["--tiny", "--state", str(tmp_path / "a"), "--out", str(tmp_path / "b")]
-    assert pocket.main(arguments) == 3
+    assert gpu_train.main(arguments) == 3
     assert "is of other models; give another --state" in capsys.readouterr().err
     path = pieces.newest(tmp_path / "a")[0]
     path.write_bytes(path.read_bytes()[:-100])
-    assert pocket.main(arguments) == 3
+    assert gpu_train.main(arguments) == 3
     save_arrays(path, {"x": np.zeros(3)}, {})
-    assert pocket.main(arguments) == 3
+    assert gpu_train.main(arguments) == 3
     assert "is not a piece of a pocket run" in capsys.readouterr().err
-    assert pocket.main([*arguments, "--minutes", "nan"]) == 2
+    assert gpu_train.main([*arguments, "--minutes", "nan"]) == 2
 
 
 def test_newest_piece_is_the_whole_one_with_most_steps(tmp_path):
@@ -163,9 +164,9 @@ def test_newest_piece_is_the_whole_one_with_most_steps(tmp_path):
 
 
 def test_an_accelerator_gets_larger_batches():
-    recipe = gpu_train.scaled(pocket.Recipe(), 8)
+    recipe = gpu_train.scaled(Recipe(), 8)
     assert [s.batch for s in recipe.autoencoder] == [128, 32, 16]
-    assert recipe.extension[0].options == pocket.Recipe().extension[0].options
+    assert recipe.extension[0].options == Recipe().extension[0].options
 
 
 def test_several_processes_render_the_same_clips(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from lvjax.models.dit import dit, dit_spec, embed_context
 from lvjax.nn.embed import patchify, sinusoid, unpatchify
 from lvjax.nn.linear import linear
 from tests.tiny import SMALL_DIT as CFG
+from tests.tiny import relative
 
 
 @cache
@@ -51,11 +52,6 @@ def program(remat=False, cfg=CFG):
 @cache
 def gradient(remat):
     return jax.jit(jax.grad(lambda *a: (program(remat)(*a) ** 2).sum()))(*setup())
-
-
-def relative(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 def test_remat_changes_nothing():

@@ -22,6 +22,7 @@ from lvjax.models import dit_block
 from lvjax.models.config import DiTConfig
 from lvjax.models.dit import dit, dit_spec, embed_context
 from lvjax.nn import rope
+from tests.tiny import relative
 
 TOLERANCE = 5e-6
 NOTICED = 1e-3
@@ -141,10 +142,6 @@ def ours(name):
         return dit(params, latents, timestep, context, cfg, condition=condition)[0]
 
     return np.asarray(jax.jit(run)(params(name), **given))
-
-
-def relative(a, b):
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

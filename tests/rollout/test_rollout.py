@@ -26,6 +26,7 @@ from lvjax.models.vae import encode, vae_spec
 from lvjax.nn.rope import grid_table, rotate
 from lvjax.rollout.clipwise import Clip, blank, condition, first_condition, pin, shard_state
 from lvjax.rollout.method import Method, _step, compile_step, rollout, stream
+from tests.tiny import relative
 
 DIT = DiTConfig(
     dim=32, num_heads=2, num_layers=3, ffn_dim=48, in_channels=4, out_channels=4, patch=(1, 2, 2),
@@ -52,11 +53,6 @@ SETTINGS = ErrorFree(
 SIZE = (T, SIDE // 4, SIDE // 4, VAE.z)
 PAIR = ("ABA", "ABA")  # scenes of the clips, per row; the bank has a slot for each
 OWN = ("AABBACCADA", "ABCADBDCBA", "DCBAABCDDA")  # every row evicts, each other clips
-
-
-def relative(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 def same(a, b):

@@ -22,7 +22,8 @@ from lvjax.data.clips import (
 )
 from lvjax.data.prompts import Action, encode
 from lvjax.data.world import CLIP_STRIDE, Video
-from lvjax.lab.pocket import Recipe, Stage, latent_batches
+from lvjax.lab.batches import latent_batches
+from lvjax.lab.recipe import Recipe, Stage
 from lvjax.models.config import DiTConfig
 from lvjax.models.dit import dit_spec
 from lvjax.models.pocket_text import encode_text, text_spec

@@ -17,7 +17,8 @@ from lvjax.core.checkpoint import load_arrays
 from lvjax.core.errors import CheckpointError, NonFiniteError
 from lvjax.core.params import init
 from lvjax.core.signals import interruptible
-from lvjax.lab.pocket import Stage, latent_batches
+from lvjax.lab.batches import latent_batches
+from lvjax.lab.recipe import Stage
 from lvjax.models.dit import dit_spec
 from lvjax.models.pocket_text import text_spec
 from lvjax.models.vae import vae_spec
