@@ -71,6 +71,7 @@ class Tensors(Mapping):
         return len(self.entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from its header."""
         return self.entries[name].shape
 
     def dtypes(self) -> set[str]:

@@ -32,9 +32,11 @@ class Model(NamedTuple):
     tensors: Tensors
 
     def spec(self) -> dict:
+        """The parameters of lvjax's own tree."""
         return dit_spec(self.cfg) if self.part == "dit" else vae_spec(self.cfg)
 
     def rules(self) -> tuple[Rule, ...]:
+        """The key map to them."""
         make = dit_rules if self.part == "dit" else vae_rules
         return make(self.cfg, self.layout)
 

@@ -60,6 +60,7 @@ def write_atomic(path, data: bytes) -> None:
 
 
 def checksum(a: np.ndarray) -> int:
+    """crc32 of the bytes of an array."""
     return zlib.crc32(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data)
 
 

@@ -40,6 +40,7 @@ class Param:
 
 
 def is_param(x) -> bool:
+    """Whether a node of a spec is a leaf."""
     return isinstance(x, Param)
 
 
@@ -95,6 +96,7 @@ def flatten(tree) -> dict[str, Any]:
 
 
 def unflatten(flat: dict[str, Any]) -> dict:
+    """The tree that `flatten` flattened."""
     return traverse_util.unflatten_dict(flat, sep="/")
 
 

@@ -14,6 +14,7 @@ class Stop:
 
     @property
     def code(self) -> int:
+        """The exit code of a program that the signal ended."""
         return 128 + (self.signal or 0)
 
 

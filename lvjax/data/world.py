@@ -57,6 +57,7 @@ class Pose:
 
     @property
     def object_visible(self) -> bool:
+        """Whether any part of the object can be in the picture."""
         inside = [-MARGIN < v < SIZE + MARGIN for v in (self.object_x, self.object_y)]
         return all(inside)
 
@@ -192,9 +193,11 @@ class Video:
         return next(s for s in reversed(self.segments) if s.start <= frame)
 
     def action(self, frame: int) -> Action:
+        """What the prompt at `frame` says."""
         return self.segment(frame).action
 
     def pose(self, frame: int) -> Pose:
+        """Camera and object at `frame`."""
         s = self.segment(frame)
         steps = frame - s.start + (s.start > 0)
         a, p = s.action, s.pose

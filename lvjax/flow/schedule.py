@@ -38,6 +38,7 @@ class Schedule:
 
     @property
     def steps(self) -> int:
+        """Steps of the sampler."""
         return len(self.timesteps)
 
 

@@ -23,11 +23,13 @@ HIGH_PROFILES = (100, 110, 122, 144)
 
 
 def box(kind: str, *parts: bytes) -> bytes:
+    """An ISO BMFF box: size, four-letter kind, content."""
     body = b"".join(parts)
     return struct.pack(">I4s", 8 + len(body), kind.encode("latin-1")) + body
 
 
 def full_box(kind: str, version: int, flags: int, *parts: bytes) -> bytes:
+    """A box with a version and flags before its content."""
     return box(kind, struct.pack(">I", version << 24 | flags), *parts)
 
 

@@ -210,6 +210,7 @@ class FragmentedWriter:
         return self.offset
 
     def close(self) -> None:
+        """Close the file; what is written stays playable."""
         self._file.close()
 
     def __enter__(self):

@@ -69,6 +69,7 @@ class KVCache:
 
     @property
     def frame_tokens(self) -> int:
+        """Tokens of one latent frame."""
         return self.grid[0] * self.grid[1]
 
 

@@ -75,6 +75,7 @@ class DiTConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.dim // self.num_heads
 
 
@@ -113,10 +114,12 @@ class VAEConfig:
 
     @property
     def spatial_stride(self) -> int:
+        """Pixels per latent cell, each way."""
         return self.patch * 2 ** (len(self.dim_mult) - 1)
 
     @property
     def temporal_stride(self) -> int:
+        """Pixel frames per latent frame but the first."""
         return 2 ** sum(self.temporal_down)
 
 

@@ -50,10 +50,12 @@ def block_spec(cfg: DiTConfig) -> Spec:
 
 
 def split_heads(x, cfg: DiTConfig):
+    """[B, L, N*D] -> [B, L, N, D]."""
     return rearrange(x, "b l (n d) -> b l n d", n=cfg.num_heads)
 
 
 def merge_heads(x):
+    """[B, L, N, D] -> [B, L, N*D]."""
     return rearrange(x, "b l n d -> b l (n d)")
 
 

@@ -41,6 +41,7 @@ class PocketTextConfig:
 
 
 def text_spec(cfg: PocketTextConfig) -> Spec:
+    """Parameters of the encoder."""
     norm = {
         "scale": Param((cfg.dim,), ("embed",), "ones"),
         "bias": Param((cfg.dim,), ("embed",), "zeros"),

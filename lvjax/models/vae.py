@@ -33,6 +33,7 @@ from lvjax.nn.conv import causal_conv3d, conv2d, conv2d_spec, conv3d_spec
 
 
 def encoder_spec(cfg: VAEConfig) -> Spec:
+    """Parameters of the encoder."""
     widths = [cfg.base * m for m in (1, *cfg.dim_mult)]
     spec = {"conv_in": conv3d_spec(3 * cfg.patch**2, widths[0])}
     for i, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
@@ -43,6 +44,7 @@ def encoder_spec(cfg: VAEConfig) -> Spec:
 
 
 def decoder_spec(cfg: VAEConfig) -> Spec:
+    """Parameters of the decoder."""
     widths = [cfg.base * m for m in (cfg.dim_mult[-1], *cfg.dim_mult[::-1])]
     spec = {"conv_in": conv3d_spec(cfg.z, widths[0]), "mid": middle_spec(widths[0])}
     for i, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):

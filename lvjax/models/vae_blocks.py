@@ -16,6 +16,7 @@ from lvjax.nn.norm import channel_norm
 
 
 def norm_spec(n: int) -> Param:
+    """Parameters of a channel norm."""
     return Param((n,), (None,), "ones")
 
 
@@ -33,6 +34,7 @@ def norm_silu_conv(norm, conv, x, history):
 
 
 def residual_spec(n_in: int, n_out: int) -> Spec:
+    """Parameters of a residual block."""
     spec = {
         "norm1": norm_spec(n_in),
         "conv1": conv3d_spec(n_in, n_out),
@@ -54,6 +56,7 @@ def residual(params, x, state):
 
 
 def attention_spec(n: int) -> Spec:
+    """Parameters of the attention within a frame."""
     return {"norm": norm_spec(n), "qkv": conv2d_spec(n, 3 * n, 1), "out": conv2d_spec(n, n, 1)}
 
 
@@ -67,14 +70,17 @@ def attention(params, x, state):
 
 
 def middle_spec(n: int) -> Spec:
+    """Parameters of residual block, attention, residual block."""
     return {"res0": residual_spec(n, n), "attn": attention_spec(n), "res1": residual_spec(n, n)}
 
 
 def middle(params, x, state):
+    """Residual block, attention, residual block."""
     return chain({"res0": residual, "attn": attention, "res1": residual}, params, x, state)
 
 
 def downsample_spec(n: int, temporal: bool) -> Spec:
+    """Parameters of a halving."""
     spec = {"conv": conv2d_spec(n, n)}
     if temporal:
         spec["time"] = conv3d_spec(n, n, (3, 1, 1))
@@ -93,6 +99,7 @@ def downsample(params, x, state):
 
 
 def upsample_spec(n: int, temporal: bool) -> Spec:
+    """Parameters of a doubling."""
     spec = {"conv": conv2d_spec(n, n // 2)}
     if temporal:
         spec["time"] = conv3d_spec(n, 2 * n, (3, 1, 1))
@@ -129,9 +136,11 @@ def stage(params, x, state):
 
 
 def head_spec(n_in: int, n_out: int) -> Spec:
+    """Parameters of the last norm and convolution."""
     return {"norm": norm_spec(n_in), "conv": conv3d_spec(n_in, n_out)}
 
 
 def head(params, x, state):
+    """Norm, SiLU, convolution."""
     y, history = norm_silu_conv(params["norm"], params["conv"], x, state and state["conv"])
     return y, {"conv": history}

@@ -101,6 +101,7 @@ class Session:
 
     @property
     def num_clips(self) -> int:
+        """Clips in all."""
         return self.cuts.clips
 
     @property

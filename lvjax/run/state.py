@@ -31,6 +31,7 @@ def load_state(path, like, place: Callable = jax.device_put) -> tuple[Any, dict[
 
 
 def state_path(output) -> Path:
+    """Where the state of the run that writes `output` lies."""
     return Path(f"{output}.state")
 
 

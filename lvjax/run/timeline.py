@@ -30,6 +30,7 @@ class Cuts:
 
     @property
     def clips(self) -> int:
+        """Clips in all."""
         return 1 + max(0, -(-(self.frames - self.first) // self.new))
 
     def begin(self, clip: int) -> int:

@@ -79,6 +79,7 @@ def make_optimizer(o: TrainOptions) -> optax.GradientTransformation:
 
 
 def init_state(params, optimizer) -> TrainState:
+    """The state before the first step; the average begins at the parameters."""
     return TrainState(
         params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros((), jnp.int32)
     )
@@ -119,6 +120,7 @@ def _without(tree, frozen: tuple[str, ...]):
 
 
 def save_snapshot(path, state: TrainState, meta: dict | None = None) -> None:
+    """Write a state as `load_snapshot` reads it, atomically."""
     save_arrays(path, tree_arrays(state), (meta or {}) | {"step": int(state.step)})
 
 
@@ -144,6 +146,7 @@ class Metrics:
             self.path.write_text("".join(x + "\n" for x in lines))
 
     def write(self, **values) -> None:
+        """Append one line."""
         with self.path.open("a") as f:
             f.write(
                 json.dumps(

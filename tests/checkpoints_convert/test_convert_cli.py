@@ -89,7 +89,8 @@ def test_a_sharded_diffusers_pipeline(tmp_path, capsys):
     np.testing.assert_array_equal(arrays["blocks/self_attn/q/kernel"][1], q.T)
     arrays, facts = converted(tmp_path / "out", "vae")
     assert facts["config"]["mean"] == [0.5, -1.0] and facts["config"]["dim_mult"] == [1, 2]
-    assert set(arrays) == set(flatten(vae_spec(VAEConfig(8, 2, (1, 2), 1, (True,)))))
+    sizes = VAEConfig(8, 2, (1, 2), 1, (True,), mean=(0.5, -1.0), std=(1.0, 2.0))
+    assert set(arrays) == set(flatten(vae_spec(sizes)))
 
     only = tmp_path / "only"
     assert main(["convert", str(tmp_path / "wan"), str(only), "--part", "vae"]) == 0

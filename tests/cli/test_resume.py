@@ -168,8 +168,8 @@ def test_a_second_run_on_the_same_output_is_told_of_the_first(model, tmp_path):
         "import time; from lvjax.run.lock import hold\n"
         f"with hold({str(out)!r}): print('held', flush=True); time.sleep(60)"
     )
-    first = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
-    try:
+    command = [sys.executable, "-c", holder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline().strip() == "held"
         second = subprocess.run(
             [
@@ -188,8 +188,6 @@ def test_a_second_run_on_the_same_output_is_told_of_the_first(model, tmp_path):
             text=True,
         )
         assert second.returncode == 7 and str(first.pid) in second.stderr
-    finally:
         first.kill()
-        first.wait()
     assert os.path.exists(f"{out}.lock")
     assert generate(model, out, *PROMPTS, "--frames", "5") == 0
