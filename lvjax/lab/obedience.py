@@ -26,6 +26,7 @@ from lvjax.data.prompts import DIRECTIONS, Action
 from lvjax.data.world import SIZE, Video, combinations
 from lvjax.models.vae import decode, encode
 from lvjax.run.bundle import Bundle, load, specs
+from lvjax.run.card import versions
 from lvjax.run.session import Request, open_session, to_uint8
 
 CLIP = 17
@@ -164,7 +165,7 @@ def continuation(bundle: Bundle, count: int, seed: int) -> dict[str, float]:
 
 
 def untrained(bundle: Bundle) -> Bundle:
-    """The same model with its DiT and text encoder as they were initialised."""
+    """The same model with its DiT and text encoder as `init` draws them."""
     fresh = {
         k: init(s, jax.random.key(0)) for k, s in specs(bundle.dit, bundle.vae, bundle.text).items()
     }
@@ -196,6 +197,7 @@ def evaluate(
         report(f"{name}: {figures[name]}")
     figures["autoencoder_psnr_db"] = psnr(round_trip(bundle, truth), truth)
     figures["continuation"] = continuation(bundle, max(count // 2, 4), seed)
+    figures["weights"], figures["versions"] = bundle.hashes, versions()
     figures["sampler"] = dataclasses.asdict(bundle.defaults) | {"size": [SIZE, SIZE]}
     figures["seconds"] = time.monotonic() - started
     return figures, np.stack([truth, clips], 1)

@@ -25,7 +25,18 @@ def make_card(
     options: dict[str, Any], *, weights: dict[str, str], inputs: dict[str, str]
 ) -> dict[str, Any]:
     """options: the run's settings, resolved.  weights, inputs: sha256 by name."""
-    versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "numpy")} | {
+    return {
+        "format": FORMAT,
+        "options": options,
+        "weights": weights,
+        "inputs": inputs,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, Any]:
+    """Of everything that decides how numbers are rounded: packages, Python and devices."""
+    packages = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "numpy")} | {
         "lvjax": lvjax.__version__
     }
     where = {
@@ -34,13 +45,7 @@ def make_card(
         "platform": jax.default_backend(),
         "devices": jax.device_count(),
     }
-    return {
-        "format": FORMAT,
-        "options": options,
-        "weights": weights,
-        "inputs": inputs,
-        "versions": versions | where,
-    }
+    return packages | where
 
 
 def model_place(model: str | None) -> str:
