@@ -21,12 +21,15 @@ from lvjax.core.compat import enable_compilation_cache
 from lvjax.core.errors import InputError
 from lvjax.io.image import as_image, fit_image
 from lvjax.rollout.clipwise import pixel_frames
+from lvjax.run import plan as plans
 from lvjax.run.bundle import Bundle, load
 from lvjax.run.job import enlarge
 from lvjax.run.session import (
+    MAX_SIDE,
     ClipResult,
     Request,
     Session,
+    check_settings,
     check_size,
     frame_count,
     open_session,
@@ -50,9 +53,19 @@ class Video:
     notices: tuple[str, ...] = ()
 
     def save(self, path, row: int = 0, upscale: int = 1) -> None:
-        """Write one row as an H.264 MP4, each pixel enlarged to upscale x upscale."""
+        """Write one row as an H.264 MP4, each pixel enlarged to upscale x upscale.
+
+        Raises: InputError for a row that is not there or an impossible size; StorageError.
+        """
         from lvjax.io.video import FragmentedWriter
 
+        most = MAX_SIDE // max(self.frames.shape[2:4])
+        for name, n, low, high in (
+            ("row", row, 0, len(self.frames) - 1),
+            ("upscale", upscale, 1, most),
+        ):
+            if type(n) is not int or not low <= n <= high:
+                raise InputError(f"{name} is {n!r}; give a whole number from {low} to {high}")
         frames = enlarge(self.frames[row], upscale)
         with FragmentedWriter(path, (frames.shape[2], frames.shape[1]), self.fps, {}) as writer:
             writer.write_clip(frames)
@@ -84,7 +97,7 @@ class Options:
     seed: 0 to 2**32 - 1; or key: one typed JAX key, `jax.random.key(0)` being seed 0.
     """
 
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     image: Any = None
     video: Any = None
     num_frames: int | None = None
@@ -109,7 +122,14 @@ class Options:
                 if isinstance(value, bool) or not isinstance(value, kind):
                     raise InputError(f"{name} is {value!r}; give {words}")
                 plain = int if kind is numbers.Integral else float  # NumPy's own are no JSON
-                object.__setattr__(self, name, plain(value))
+                try:
+                    object.__setattr__(self, name, plain(value))
+                except OverflowError as e:
+                    raise InputError(f"{name} is too large; give {words}") from e
+        for name in ("negative_prompt", "method"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name == "method"):
+                raise InputError(f"{name} is {value!r}; give text")
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed}; give a number from 0 to {2**32 - 1}")
         if self.key is not None and not _is_key(self.key):
@@ -132,8 +152,10 @@ def prepare(bundle: Bundle, prompt, **options) -> Session:
     prompt: one prompt; a list of prompts, spread evenly over the video; or a timeline [(seconds,
       prompt), ...].  A batch is a list of such lists or timelines.
     options: the fields of `Options`.
-    Raises: InputError with the nearest legal values.
+    Raises: InputError with the nearest legal values; DoesNotFitError with settings that fit.
     """
+    if not isinstance(bundle, Bundle):
+        raise InputError(f"the model is {bundle!r}; give what lvjax.load returns")
     names = [f.name for f in dataclasses.fields(Options)]
     if unknown := sorted(set(options) - set(names)):
         near = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.0)
@@ -149,7 +171,7 @@ def prepare(bundle: Bundle, prompt, **options) -> Session:
     request = Request(
         tuple(_timeline(p, frames, d.fps) for p in _rows(prompt)),
         frames,
-        o.negative_prompt,
+        o.negative_prompt or "",
         start,
         size,
         o.num_inference_steps,
@@ -157,6 +179,9 @@ def prepare(bundle: Bundle, prompt, **options) -> Session:
         o.seed or 0,
         o.method,
     )
+    check_settings(bundle, request)
+    work = plans.work_of(request, bundle)
+    plans.check_memory(plans.make_plan(bundle, work), bundle, work)
     session = open_session(bundle, request)
     session = dataclasses.replace(session, notices=(*notices, *session.notices))
     return session if o.key is None else session.with_key(o.key)
@@ -171,7 +196,8 @@ def _start_frames(o: Options, size: tuple[int, int], most: int):
         return fit_image(image, size), notices
     if o.video is None:
         return None, []
-    if not hasattr(o.video, "__len__") or isinstance(o.video, str) or len(o.video) == 0:
+    frames = isinstance(o.video, (list, tuple)) or getattr(o.video, "ndim", 0) > 0
+    if not frames or len(o.video) == 0:
         raise InputError(
             f"video is {type(o.video).__name__} without frames; give [P, H, W, 3] with P >= 1, or "
             "a list of pictures"
@@ -199,12 +225,14 @@ def generate(
     prompt, options: as in `prepare`.  callback: called after each clip.
     """
     enable_compilation_cache()
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback is {callback!r}; give a function of a ClipResult")
     session = prepare(bundle, prompt, **options)
     frames, latents = [], []
     for clip in session.run():
         frames.append(clip.frames)
         latents.append(np.asarray(clip.latents))
-        if callback:
+        if callback is not None:
             callback(clip)
     return Video(np.concatenate(frames, 1), np.stack(latents), bundle.defaults.fps, session.notices)
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import lvjax
 from lvjax import api
-from lvjax.core.errors import InputError
+from lvjax.core.errors import DoesNotFitError, InputError
 from lvjax.run.bundle import Bundle
 from tests.tiny import DEFAULTS, DIT, TEXT, VAE, tiny_bundle
 
@@ -118,6 +118,12 @@ def test_what_was_changed_in_a_picture_is_a_notice_once(start):
         ({"height": True}, "height is True"),
         ({"guidence_scale": 2.0}, "did you mean 'guidance_scale'"),
         ({"prompt": 7}, "prompt is 7"),
+        ({"negative_prompt": 5}, "negative_prompt is 5; give text"),
+        ({"method": []}, r"method is \[\]; give text"),
+        ({"seconds": 10**400}, "seconds is too large"),
+        ({"video": {0: PICTURE}}, "without frames"),
+        ({"height": 10**9}, "at most 16384"),
+        ({"bundle": "pocket"}, "give what lvjax.load returns"),
         ({"prompt": [(0, PROMPT, "more"), (1, PROMPT)]}, "timeline is"),
     ],
     ids=lambda x: None if isinstance(x, str) else "-".join(x),
@@ -125,8 +131,31 @@ def test_what_was_changed_in_a_picture_is_a_notice_once(start):
 def test_what_cannot_be_used_is_one_line_with_the_remedy(options, message):
     for call in (lvjax.prepare, lvjax.stream, lvjax.generate):
         with pytest.raises(InputError, match=message) as e:
-            call(EMPTY, **({"prompt": PROMPT} | options))
+            call(**({"bundle": EMPTY, "prompt": PROMPT} | options))
         assert "\n" not in str(e.value) and e.value.code == 2
+
+
+def test_a_run_that_does_not_fit_is_refused_before_it_starts():
+    with pytest.raises(DoesNotFitError, match="would fit"):
+        lvjax.stream(EMPTY, PROMPT, height=8192, width=8192)
+
+
+@pytest.mark.parametrize("name", [None, 5, b"pocket", [], "a\0b"])
+def test_what_is_no_name_of_a_model(name):
+    with pytest.raises(InputError, match="give 'pocket' or the path"):
+        lvjax.load(name)
+
+
+@pytest.mark.parametrize("options", [{"row": 1}, {"row": "a"}, {"upscale": 0}, {"upscale": 1.5}])
+def test_a_video_is_saved_by_a_row_and_a_size_that_are_there(tmp_path, options):
+    video = api.Video(np.zeros((1, 5, 16, 16, 3), np.uint8), np.zeros(0), 8)
+    with pytest.raises(InputError, match=next(iter(options))):
+        video.save(tmp_path / "a.mp4", **options)
+    video.save(tmp_path / "a.mp4", upscale=2)
+
+
+def test_a_negative_prompt_may_be_none(start):
+    assert lvjax.prepare(EMPTY, PROMPT, negative_prompt=None).request.negative == ""
 
 
 def test_numbers_of_numpy_are_numbers(start):

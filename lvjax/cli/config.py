@@ -11,6 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from ml_collections import ConfigDict
+
 from lvjax.core.errors import InputError
 
 
@@ -56,10 +58,10 @@ def _run(path: Path):
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         if get_config is not None:
-            return get_config()
+            return ConfigDict(_text_keys(get_config(), path))
     except InputError:
         raise
-    except Exception as e:  # noqa: BLE001  somebody's Python: anything can go wrong in it
+    except (Exception, SystemExit) as e:  # noqa: BLE001  somebody's Python: anything can go wrong in it
         what = str(e).splitlines()[0] if str(e) else ""
         raise InputError(
             f"{path} cannot be used ({type(e).__name__}: {what}); correct the file"
@@ -67,10 +69,22 @@ def _run(path: Path):
     raise InputError(f"{path} has no get_config(); a config is a Python file that defines it")
 
 
+def _text_keys(values, path) -> dict:
+    """What a config holds, as dicts.
+
+    Raises: InputError unless it is a mapping whose keys are text.
+    """
+    if not hasattr(values, "items"):
+        raise InputError(f"{path}: get_config() returned {values!r}; return a ConfigDict")
+    if wrong := [k for k in values if not isinstance(k, str)]:
+        raise InputError(f"{path} has the key {wrong[0]!r}; keys are names")
+    return {k: _text_keys(v, path) if hasattr(v, "items") else v for k, v in values.items()}
+
+
 def _value(text: str):
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return text
 
 

@@ -5,6 +5,7 @@ Owns: what these commands print, and the exit code of a run that a signal ended.
 plan's arithmetic (run/plan.py), making and saving clips (run/job.py).
 """
 
+import os
 import resource
 import sys
 import time
@@ -14,16 +15,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lvjax.core.errors import InputError
+from lvjax.core.errors import InputError, one_line
 from lvjax.core.signals import stoppable
 from lvjax.run import card as cards
 from lvjax.run import job
 from lvjax.run import plan as plans
 from lvjax.run.bundle import Bundle
 from lvjax.run.job import Progress
-from lvjax.run.session import Request
-
-MAX_SIDE = 16384  # of an encoded picture
+from lvjax.run.session import MAX_SIDE, Request
 
 
 def check_start(output: Path, rows: int) -> None:
@@ -52,6 +51,9 @@ def check_output(output: Path, rows: int, overwrite: bool) -> None:
     state = job.state_path(output)
     files = (*job.outputs(output, rows), *job.made_before(output), state)
     there = [p for p in files if p.exists()]
+    loops = [p for p in files if os.path.islink(os.path.realpath(p))]
+    if other := [p for p in there if not p.is_file()] + loops:
+        raise InputError(f"{other[0]} is there and is no plain file; choose another --out")
     if there and not overwrite:
         unfinished = " (unfinished: --resume goes on)" if state.exists() else ""
         raise InputError(
@@ -71,7 +73,8 @@ def announce(outline: Bundle, request: Request, output, quiet: bool, clip: int =
     plan = plans.make_plan(outline, work)
     if not quiet:
         print(plans.describe(plan, plans.measured_rate(outline.dit.dtype)), flush=True)
-    plans.check_plan(plan, outline, work, output)
+    plans.check_memory(plan, outline, work)
+    plans.check_disk(plan, output)
 
 
 def check_picture(size: tuple[int, int], upscale: int) -> None:
@@ -83,11 +86,16 @@ def check_picture(size: tuple[int, int], upscale: int) -> None:
         )
 
 
+def note(text: str) -> None:
+    """Say something that is no error, in one line on stderr."""
+    print(f"note: {one_line(text)}", file=sys.stderr)
+
+
 def note_differences(card: dict, options: dict, bundle: Bundle) -> dict:
     """Say what is not as it was when a card was written; returns the card as it would be now."""
     now = cards.make_card(options, weights=bundle.hashes, inputs=card["inputs"])
     for line in cards.differences(card, now):
-        print(f"note: {line}; the video may differ", file=sys.stderr)
+        note(f"{line}; the video may differ")
     return now
 
 
@@ -98,7 +106,7 @@ def finish(bundle: Bundle, output: Path, quiet: bool) -> int:
         return job.proceed(bundle, output, stop=stop)
 
     hint = f"`lvjax generate --resume --out {output}` goes on"
-    return follow(clips, job.videos(output), job.position(output)[1], hint, quiet)
+    return follow(clips, job.begun_videos(output), job.position(output)[1], hint, quiet)
 
 
 def follow(

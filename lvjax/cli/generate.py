@@ -4,7 +4,6 @@
 import argparse
 import dataclasses
 import re
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from lvjax.cli import config as configs
 from lvjax.cli import drive
 from lvjax.core.compat import enable_compilation_cache
-from lvjax.core.errors import InputError
+from lvjax.core.errors import CheckpointError, InputError
 from lvjax.io.image import fit_image, read_image
 from lvjax.io.video import read_video
 from lvjax.methods import METHODS
@@ -46,6 +45,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
 
 ALTERNATIVES = (("prompt", "timeline", "prompt_file"), ("seconds", "frames"), ("image", "video"))
 SECONDS = 5.0
+MAX_VIDEOS = 100_000  # of one run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,11 +111,11 @@ def _start(args, options: dict, output: Path) -> int:
         drive.check_output(output, rows, args.overwrite)
         drive.announce(sizes, request, output, args.quiet)
         for notice in notices:
-            print(f"note: {notice}", file=sys.stderr)
+            drive.note(notice)
         bundle = dataclasses.replace(load(model), defaults=sizes.defaults)
         card = _card(request, bundle, model, options)
         for notice in job.start(bundle, request, output, card):
-            print(f"note: {notice}", file=sys.stderr)
+            drive.note(notice)
         return drive.finish(bundle, output, args.quiet)
 
 
@@ -148,6 +148,7 @@ def _resume(args, options: dict, output: Path) -> int | None:
             print(f"{job.videos(output)[0]} is already complete")
             return 0
         sizes = job.with_defaults(outline(model), card)
+        _check_saved(sizes, request, output)
         cards.check_place(output)
         drive.announce(sizes, request, output, args.quiet, job.position(output)[0])
         bundle = dataclasses.replace(load(model), defaults=sizes.defaults)
@@ -158,6 +159,14 @@ def _resume(args, options: dict, output: Path) -> int | None:
             )
         drive.note_differences(card, card["options"], bundle)
         return drive.finish(bundle, output, args.quiet)
+
+
+def _check_saved(sizes: Bundle, request: Request, output: Path) -> None:
+    """Raises: CheckpointError when the request in a state is none that this model can follow."""
+    try:
+        check_settings(sizes, request)
+    except InputError as e:
+        raise CheckpointError(f"the state of {output} cannot be followed: {e}") from e
 
 
 def _check_same(card: dict, model: str, options: dict) -> None:
@@ -197,7 +206,7 @@ def _options(args) -> dict:
     """
     loaded = (
         configs.load(args.config, [c for c in args.set if not c.startswith("defaults.")])
-        if args.config
+        if args.config is not None
         else {}
     )
     if unknown := sorted(set(loaded) - set(OPTIONS) - {"defaults"}):
@@ -210,7 +219,7 @@ def _options(args) -> dict:
     options = {k: None if k in replaced else loaded.get(k) for k in OPTIONS} | given
     if isinstance(options["prompt"], str):
         options["prompt"] = [options["prompt"]]
-    if isinstance(loaded.get("defaults", {}), str | int | float | list | tuple):
+    if not hasattr(loaded.get("defaults", {}), "keys"):
         raise InputError(
             f"{args.config}: defaults is {loaded['defaults']!r}; give names and values"
         )
@@ -218,6 +227,8 @@ def _options(args) -> dict:
         value = options[name]
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
             raise InputError(f"{args.config}: {name} is {value!r}; give {words}")
+    if wrong := [p for p in options["prompt"] or () if not isinstance(p, str)]:
+        raise InputError(f"{args.config}: a prompt is {wrong[0]!r}; give text")
     if other := [c for c in args.set if not args.config and not c.startswith("defaults.")]:
         raise InputError(f"--set {other[0]}: without --config only defaults.KEY=VALUE can be set")
     changes = [c.removeprefix("defaults.") for c in args.set if c.startswith("defaults.")]
@@ -243,7 +254,13 @@ def make_request(bundle: Bundle, options: dict) -> tuple[Request, list[str]]:
     count = 1 if options.get("num_videos") is None else options["num_videos"]
     if count < 1:
         raise InputError(f"--num-videos is {count}; give 1 or more")
-    rows = [t for t in _timelines(options, check_frames(frames), d.fps) for _ in range(count)]
+    timelines = _timelines(options, check_frames(frames), d.fps)
+    if count * len(timelines) > MAX_VIDEOS:
+        raise InputError(
+            f"{len(timelines)} prompts with --num-videos {count} are more than {MAX_VIDEOS} "
+            "videos; make them in several runs"
+        )
+    rows = [t for t in timelines for _ in range(count)]
     request = Request(
         tuple(rows),
         frames,
@@ -298,7 +315,7 @@ def _timelines(options: dict, frames: int, fps: int) -> list:
 
 
 def _moment(line: str, source) -> tuple[float, str]:
-    found = re.fullmatch(r"(?:(\d+):)?(\d+(?:\.\d+)?)s?(?::(?!\d)|[,\s])\s*(.+)", line)
+    found = re.fullmatch(r"(?:(\d{1,6}):)?(\d{1,9}(?:\.\d{1,9})?)s?(?::(?!\d)|[,\s])\s*(.+)", line)
     if not found or (found[1] and float(found[2]) >= 60):
         raise InputError(
             f"{source}: {line!r} is not a time and a prompt; write for example: 3.5 the camera "

@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 
-from lvjax.core.errors import DoesNotFitError, LvjaxError, StorageError
+from lvjax.core.errors import DoesNotFitError, LvjaxError, StorageError, one_line
 from lvjax.core.signals import interruptible
 
 COMMANDS = {
@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
             return importlib.import_module(f"lvjax.cli.{args.command}").run(args) or 0
     except LvjaxError as e:
         return _end(e, e.code, debug)
-    except MemoryError as e:
+    except MemoryError:
         return _end(
-            DoesNotFitError(f"out of memory ({e}); use a smaller --size, --num-videos or --steps"),
+            DoesNotFitError("out of memory; use a smaller --size, --num-videos or --steps"),
             4,
             debug,
         )
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         print("lvjax: interrupted", file=sys.stderr)
         return 128 + (e.args[0] if e.args else signal.SIGINT)
     except Exception as e:  # noqa: BLE001  the edge of the program: device errors have no common type
-        if "RESOURCE_EXHAUSTED" in str(e):
+        if "RESOURCE_EXHAUSTED" in str(e) or "Out of memory" in str(e):
             return _end(
                 DoesNotFitError(
                     "the device ran out of memory; use a smaller --size, --num-videos or --steps"
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 def _end(error: Exception, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    print(f"lvjax: {error}", file=sys.stderr)
+    print(f"lvjax: {one_line(error)}", file=sys.stderr)
     return code
 
 

@@ -10,7 +10,6 @@ the plan says before anything starts.
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def run(args) -> int:
     source = Path(args.video)
     card = cards.read_json(source) if source.suffix == ".json" else read_card(source)
     row = cards.check_card(card, source).get("row")
-    model = cards.model_place(args.model or card["options"].get("model"))
+    model = cards.model_place(card["options"].get("model") if args.model is None else args.model)
     sizes, request = _resolve(card, row, model, source)
     video = source.with_suffix("") if source.suffix == ".json" else source
     output = Path(args.out) if args.out else video.with_name(f"{video.stem}-replay.mp4")
@@ -56,7 +55,7 @@ def run(args) -> int:
         if alone:
             return _one_of_batch(bundle, request, row, output, now, args.quiet)
         for notice in job.start(bundle, request, output, now):
-            print(f"note: {notice}", file=sys.stderr)
+            drive.note(notice)
         return drive.finish(bundle, output, args.quiet)
 
 

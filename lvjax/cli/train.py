@@ -15,6 +15,7 @@ from lvjax.lab.pocket import Run, train
 from lvjax.lab.recipe import Recipe
 from lvjax.lab.resume import claim
 from lvjax.run import lock
+from lvjax.run.bundle import outline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +38,10 @@ def run(args) -> int:
         raise InputError(f"--minutes is {args.minutes}; give a positive number")
     enable_compilation_cache()
     recipe = config.build(Recipe, config.load(args.config, args.set))
-    if min(recipe.videos, recipe.clips) < 1:
-        raise InputError(f"videos is {recipe.videos}, clips {recipe.clips}; give 1 or more of each")
+    if recipe.start is not None:
+        outline(recipe.start)
+    if not args.folder:
+        raise InputError("--folder is empty; name a folder")
     folder = Path(args.folder)
     with lock.hold(folder / "training", "--folder"):
         try:

@@ -7,6 +7,11 @@ at its boundary; the command line prints the message and exits with `code` (trac
 """
 
 
+def one_line(text) -> str:
+    """Text as one line: line breaks and other control characters are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 class LvjaxError(Exception):
     """Base of the errors that end a run with a known exit code."""
 

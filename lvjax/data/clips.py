@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lvjax.core.checkpoint import write_atomic
-from lvjax.core.errors import InputError, StorageError
+from lvjax.core.errors import CheckpointError, InputError, StorageError
 from lvjax.data.prompts import MAX_WORDS, SCENES, VOCABULARY, encode
 from lvjax.data.world import CLIP_STRIDE, GIVEN, RADIUS, SIZE, Video
 
@@ -113,10 +113,10 @@ class ClipStore:
         shape = (videos, clips, CLIP_FRAMES, SIZE, SIZE, 3)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.frames = _open(self.folder / "frames.npy", shape, np.uint8)
-            self.ids = _open(self.folder / "ids.npy", (videos, clips, MAX_WORDS), np.int32)
+            self.frames = open_array(self.folder / "frames.npy", shape, np.uint8)
+            self.ids = open_array(self.folder / "ids.npy", (videos, clips, MAX_WORDS), np.int32)
             places = (videos, clips, CLIP_FRAMES, 2)
-            self.objects = _open(self.folder / "objects.npy", places, np.float32)
+            self.objects = open_array(self.folder / "objects.npy", places, np.float32)
         except OSError as e:
             raise StorageError(
                 f"cannot hold rendered clips in {self.folder}: {e.strerror or e}; choose another "
@@ -125,9 +125,8 @@ class ClipStore:
 
     @property
     def ready(self) -> int:
-        """Videos rendered so far."""
-        mark = self.folder / "ready"
-        return int(mark.read_text()) if mark.exists() else 0
+        """Videos rendered so far.  Raises: CheckpointError for a damaged mark."""
+        return read_mark(self.folder / "ready", self.videos)
 
     def put(self, v: int, video: Rendered) -> None:
         """Store a rendered video as number `v`; `fill` marks it as ready."""
@@ -143,13 +142,31 @@ class ClipStore:
         return True
 
 
-def _open(path: Path, shape, dtype) -> np.ndarray:
+def read_mark(path: Path, most: int) -> int:
+    """How much of something is done, as the file `path` says; 0 without it.
+
+    Raises: CheckpointError when it holds no number from 0 to `most`.
+    """
+    text = path.read_text().strip() if path.exists() else "0"
+    if not (text.isdecimal() and len(text) < 20 and int(text) <= most):
+        raise CheckpointError(f"{path} is damaged: it holds {text[:20]!r}; remove {path.parent}")
+    return int(text)
+
+
+def open_array(path: Path, shape: tuple[int, ...], dtype) -> np.ndarray:
+    """The array in the file `path`, mapped to be written; a new one of zeros without the file.
+
+    Raises: CheckpointError for a file that is damaged or cut short; InputError for another shape.
+    """
     if not path.exists():
         return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    found = np.load(path, mmap_mode="r+")
+    try:
+        found = np.load(path, mmap_mode="r")  # "r+" would fill up a file that is cut short
+    except (ValueError, EOFError) as e:
+        raise CheckpointError(f"{path} is damaged or cut short; remove {path.parent}") from e
     if found.shape != shape or found.dtype != dtype:
         raise InputError(
             f"{path} holds {found.dtype}{list(found.shape)}, this recipe needs "
             f"{np.dtype(dtype)}{list(shape)}; choose another folder or remove it"
         )
-    return found
+    return np.load(path, mmap_mode="r+")

@@ -8,6 +8,7 @@ A prompt says what the camera does over which scene, and what one object does:
 import difflib
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -100,6 +101,14 @@ class Encoded(NamedTuple):
     cut: list[str]
 
 
+@lru_cache(maxsize=4096)
+def _nearest(word: str) -> str | None:
+    if len(word) > 40:  # no word of ours is near
+        return None
+    near = difflib.get_close_matches(word, [*WORDS, *ALIASES], n=1, cutoff=0.0)
+    return near[0] if near else None
+
+
 def encode(prompt: str) -> Encoded:
     """Token ids of a prompt, and what the model does not get to read of it."""
     known, unknown = [], []
@@ -108,8 +117,7 @@ def encode(prompt: str) -> Encoded:
         if own in VOCABULARY:
             known.append((word, VOCABULARY[own]))
         elif own not in FILLERS:
-            near = difflib.get_close_matches(own, [*WORDS, *ALIASES], n=1, cutoff=0.0)
-            unknown.append((own, near[0] if near else None))
+            unknown.append((own, _nearest(own)))
     ids = np.zeros(MAX_WORDS, np.int32)
     ids[: len(known[:MAX_WORDS])] = [i for _, i in known[:MAX_WORDS]]
     return Encoded(ids, unknown, [word for word, _ in known[MAX_WORDS:]])

@@ -160,6 +160,14 @@ def _convert(image: Image.Image, path) -> tuple[np.ndarray, list[str]]:
     return np.array(rgb), notices
 
 
+def is_file(path) -> bool:
+    """Whether there is a file; a name that no system takes is none."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_image(path) -> tuple[np.ndarray, list[str]]:
     """An image file as 8-bit sRGB, upright, with notices of what was changed or left out.
 
@@ -169,7 +177,7 @@ def read_image(path) -> tuple[np.ndarray, list[str]]:
     Raises: InputError when the file is missing, not an image, damaged, too small or too large (the
     size is checked from the header, before anything is decoded).
     """
-    if not Path(path).is_file():
+    if not is_file(path):
         raise InputError(f"no such image file: {path}; give the path of a file")
     try:
         with warnings.catch_warnings():

@@ -22,6 +22,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 
 from lvjax.core.errors import CheckpointError, InputError, StorageError
 from lvjax.io import fmp4
+from lvjax.io.image import is_file
 
 PRESET, CRF = "fast", 18
 # Same frames, same bytes: one thread, one key frame, the same arithmetic on every CPU, and no
@@ -224,7 +225,7 @@ class FragmentedWriter:
 def _opened(path) -> Iterator:
     """An input container; names are never taken for URLs and playlists reach local files only."""
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"no such video file: {path}; give the path of a file")
     try:
         with open(path, "rb") as f:
@@ -235,7 +236,9 @@ def _opened(path) -> Iterator:
             f"{path} is not a video that can be read ({e.strerror or e}); convert it to MP4 first"
         ) from e
     except OSError as e:
-        raise InputError(f"cannot read {path}: {e.strerror or e}") from e
+        raise InputError(
+            f"cannot read {path}: {e.strerror or e}; give a video that is whole and readable"
+        ) from e
 
 
 def read_card(path) -> dict:

@@ -78,6 +78,12 @@ def choose(q, k, v, mask=None) -> str:
     return "reference" if batch * heads * length * k.shape[1] <= SMALL else "chunked"
 
 
+def score_bytes(batch: int, heads: int, length: int, keys: int) -> int:
+    """Bytes of scores that "auto" holds at once, where nothing fused is chosen."""
+    scores = batch * heads * length * keys
+    return 4 * (scores if scores <= SMALL else batch * min(length, ROWS) * keys)
+
+
 def attend(q, k, v, *, mask=None, impl: str = "auto"):
     """softmax(q k^T / sqrt(D)) v.
 

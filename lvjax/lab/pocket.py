@@ -24,7 +24,7 @@ import numpy as np
 from lvjax.core.checkpoint import load_arrays, restore_tree, write_atomic
 from lvjax.core.errors import CheckpointError
 from lvjax.core.params import abstract, init
-from lvjax.data.clips import CLIP_FRAMES, ClipStore
+from lvjax.data.clips import CLIP_FRAMES, ClipStore, open_array, read_mark
 from lvjax.data.world import SIZE
 from lvjax.lab.batches import latent_batches, video_batches
 from lvjax.lab.recipe import Recipe, Stage
@@ -206,8 +206,10 @@ def encode_store(
         mark.unlink(missing_ok=True)
     stats = json.loads(head.read_text())
     cfg = dataclasses.replace(recipe.vae, mean=tuple(stats["mean"]), std=tuple(stats["std"]))
-    ready = int(mark.read_text()) if mark.exists() else 0
-    out = _latents_file(path, (store.videos, store.clips), recipe, fresh=ready == 0)
+    ready = read_mark(mark, store.videos)
+    if ready == 0:
+        path.unlink(missing_ok=True)  # of another autoencoder
+    out = open_array(path, _latents_shape(store, recipe), np.float16)
     for v in range(ready, store.videos):
         if run.left() <= 0:
             return None
@@ -227,12 +229,12 @@ def _statistics(store: ClipStore, means) -> dict[str, list[float]]:
     return {k: [round(float(x), 4) for x in v] for k, v in found.items()}
 
 
-def _latents_file(path: Path, lead: tuple[int, int], recipe: Recipe, fresh: bool) -> np.ndarray:
-    side = SIZE // recipe.vae.spatial_stride
-    shape = (*lead, 1 + (CLIP_FRAMES - 1) // recipe.vae.temporal_stride, side, side, recipe.vae.z)
-    if fresh:
-        return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-    return np.load(path, mmap_mode="r+")
+def _latents_shape(store: ClipStore, recipe: Recipe) -> tuple[int, ...]:
+    frames, side = (
+        1 + (CLIP_FRAMES - 1) // recipe.vae.temporal_stride,
+        SIZE // recipe.vae.spatial_stride,
+    )
+    return store.videos, store.clips, frames, side, side, recipe.vae.z
 
 
 def train_extension(recipe: Recipe, run: Run, store: ClipStore, latents: np.ndarray, begun=None):

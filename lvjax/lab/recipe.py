@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass
 
+from lvjax.core.errors import InputError
 from lvjax.data.clips import CLIP_FRAMES
 from lvjax.data.prompts import VOCABULARY
 from lvjax.models.config import DiTConfig, VAEConfig
@@ -138,3 +139,11 @@ class Recipe:
     )
     seed: int = 0
     start: str | None = None
+
+    def __post_init__(self):
+        counts = (self.videos, self.clips)
+        if not all(type(n) is int and n > 0 for n in counts):
+            raise InputError(f"videos is {self.videos}, clips {self.clips}; give 1 or more of each")
+        seeds = [self.seed, *(s.options.seed for kind in KINDS for s in getattr(self, kind))]
+        if wrong := [n for n in seeds if type(n) is not int or not 0 <= n < 2**31]:
+            raise InputError(f"seed is {wrong[0]!r}; give a number from 0 to {2**31 - 1}")

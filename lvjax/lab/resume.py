@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a work folder was begun with: training goes on in it only by the recipe that it holds.
 
-`recipe.json` in the folder is the recipe of the newest start.  Free to change are the bundle's
+`recipe.json` in the folder is the recipe of the newest start; as long as nothing was
+made by it, any other may take its place.  Free to change are the bundle's
 defaults, stages that have not begun, and of a stage the number of steps upwards, how often it logs
 and saves, and its learning rate (for a run that has diverged).  A folder without the file takes the
 first recipe that comes.
@@ -30,7 +31,7 @@ def claim(recipe: Recipe, folder) -> None:
     """
     folder, now = Path(folder), json.loads(json.dumps(dataclasses.asdict(recipe)))
     path = folder / "recipe.json"
-    if path.exists():
+    if path.exists() and _anything(folder):
         before = _read(path)
         wrong = [*_differences(_fixed(before), _fixed(now)), *_stages(before, now, folder)]
         if wrong:
@@ -43,12 +44,18 @@ def claim(recipe: Recipe, folder) -> None:
     write_atomic(path, (json.dumps(now, indent=1) + "\n").encode())
 
 
+def _anything(folder: Path) -> bool:
+    """Whether anything was made in a folder: clips, or a snapshot."""
+    return (folder / "clips" / "ready").exists() or any(folder.glob(f"*/{SNAPSHOT}"))
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-        _ = [stage["options"]["steps"] for kind in KINDS for stage in found[kind]]
+        for stage in (stage for kind in KINDS for stage in found[kind]):
+            _ = Path(stage["name"]), int(stage["options"]["steps"])
         return found
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise CheckpointError(
             f"{path} is not a readable recipe ({type(e).__name__}); remove it to go on with the "
             "recipe given"

@@ -18,6 +18,9 @@ WAN_VAE_STD = (
 )  # fmt: skip
 
 
+DTYPES = ("float32", "bfloat16", "float16")  # of activations
+
+
 def check(cfg, name: str, right: bool, words: str) -> None:
     """Raises: InputError naming a field that is not right, and in words what it may be."""
     if not right:
@@ -29,7 +32,14 @@ def check_sizes(cfg, *names: str) -> None:
     """Raises: InputError for fields that are not whole numbers from 1."""
     for name in names:
         value = getattr(cfg, name)
-        check(cfg, name, type(value) is int and value > 0, "a whole number from 1")
+        check(cfg, name, type(value) is int and 0 < value < 2**20, "a whole number from 1")
+
+
+def check_real(cfg, name: str, low: float, high: float) -> None:
+    """Raises: InputError for a field that is no number between two."""
+    value = getattr(cfg, name)
+    right = type(value) in (int, float) and low < value < high
+    check(cfg, name, right, f"a number between {low:g} and {high:g}")
 
 
 def _whole(values) -> tuple:
@@ -70,6 +80,14 @@ class DiTConfig:
         sizes = ("dim", "num_heads", "num_layers", "ffn_dim", "in_channels", "out_channels")
         check_sizes(self, *sizes, "text_dim", "text_len", "freq_dim")
         check(self, "patch", len(_whole(self.patch)) == 3, "three whole numbers from 1")
+        check_real(self, "theta", 1, 1e12)
+        check_real(self, "eps", 0, 1)
+        check(self, "dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        for name in ("condition_channels", "image_pos_len"):
+            value = getattr(self, name)
+            check(self, name, type(value) is int and 0 <= value < 2**20, "a whole number from 0")
+        if self.image_dim is not None:
+            check_sizes(self, "image_dim")
         even = self.dim % (2 * self.num_heads) == 0
         check(self, "dim", even, f"a multiple of {2 * self.num_heads}: heads of an even width")
 
@@ -108,9 +126,8 @@ class VAEConfig:
         check(self, "temporal_down", down, f"{stages - 1} of True or False")
         for name in ("mean", "std"):
             values = getattr(self, name)
-            check(
-                self, name, isinstance(values, tuple) and len(values) == self.z, f"{self.z} values"
-            )
+            right = isinstance(values, tuple) and len(values) == self.z
+            check(self, name, right, f"{self.z} values")
 
     @property
     def spatial_stride(self) -> int:

@@ -17,7 +17,7 @@ from einops import rearrange
 from lvjax.core.params import Param, Spec
 from lvjax.core.shapes import expect
 from lvjax.kernels.attention import attend
-from lvjax.models.config import check, check_sizes
+from lvjax.models.config import check, check_real, check_sizes
 from lvjax.nn.linear import linear, linear_spec
 from lvjax.nn.norm import layer_norm
 
@@ -36,6 +36,7 @@ class PocketTextConfig:
 
     def __post_init__(self):
         check_sizes(self, "vocabulary", "length", "dim", "num_heads")
+        check_real(self, "eps", 0, 1)
         divides = self.dim % self.num_heads == 0
         check(self, "dim", divides, f"a multiple of num_heads, {self.num_heads}")
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from lvjax.core.checkpoint import load_arrays, save_arrays, write_atomic
@@ -162,7 +163,14 @@ def outline(name: str | Path = "pocket") -> Bundle:
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; restore it")
     kinds = {"dit": DiTConfig, "vae": VAEConfig, "text": PocketTextConfig, "defaults": Defaults}
     configs = {k: _config(cls, head[k], path) for k, cls in kinds.items()}
-    return Bundle(head["name"], **configs, params={})
+    bundle = Bundle(str(head["name"]), **configs, params={})
+    unit = bundle.vae.spatial_stride * bundle.dit.patch[1]
+    if any(n % unit for n in bundle.defaults.size):
+        raise CheckpointError(
+            f"{path}: defaults.size is {bundle.defaults.size}; this model makes multiples of "
+            f"{unit}: restore the file"
+        )
+    return bundle
 
 
 def load(name: str | Path = "pocket") -> Bundle:
@@ -184,6 +192,8 @@ def load(name: str | Path = "pocket") -> Bundle:
 
 
 def _folder(name: str | Path) -> Path:
+    if not isinstance(name, (str, Path)) or "\0" in str(name):
+        raise InputError(f"the model is {name!r}; give 'pocket' or the path of a folder")
     inside = Path(str(resources.files("lvjax") / "assets" / "pocket"))
     return inside if str(name) == "pocket" else Path(name)
 
@@ -198,6 +208,8 @@ def _match(arrays: dict[str, np.ndarray], wanted: dict, path) -> dict:
         for k in shared
         if arrays[k].shape != wanted[k].shape
     ]
+    kinds = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
+    wrong += [f"{k} is {arrays[k].dtype}" for k in shared if arrays[k].dtype not in kinds]
     wrong += [
         f"{k} is not finite" for k in shared if not np.isfinite(arrays[k].astype(np.float32)).all()
     ]

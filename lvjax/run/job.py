@@ -36,6 +36,9 @@ PLAIN = {
 }
 """Fields of a request that a card holds as they are, and their types."""
 
+META = {"card": dict, "clip": int, "frame": int, "digest": str, "offsets": list}
+"""What the state of a run holds beside its arrays, and the types."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -66,6 +69,14 @@ def videos(output) -> list[Path]:
     path = cards.card_path(output)
     card = cards.check_card(cards.read_json(path), path)
     return outputs(output, len(request_of(card["options"]).timelines))
+
+
+def begun_videos(output) -> list[Path]:
+    """The files of the unfinished run whose state is beside `output`.
+
+    Raises: CheckpointError when it is not the state of such a run.
+    """
+    return outputs(output, len(request_of(_meta(output)["card"]["options"]).timelines))
 
 
 def made_before(output) -> list[Path]:
@@ -256,7 +267,8 @@ def _meta(output) -> dict[str, Any]:
     """
     path = state_path(output)
     meta = load_meta(path)
-    if not {"card", "clip", "frame", "digest", "offsets"} <= meta.keys():
+    right = meta.keys() >= META.keys() and all(isinstance(meta[k], t) for k, t in META.items())
+    if not right:
         raise CheckpointError(
             f"{path} is not the state of a generate run; remove it to start again"
         )
@@ -279,6 +291,8 @@ def proceed(bundle: Bundle, output, stop: Callable[[], bool] = lambda: False) ->
     bundle = with_defaults(bundle, card)
     request = request_of(card["options"])
     session = open_session(bundle, request)
+    _check_position(meta, session, state_path(output))
+    cards.write_card(output, card)  # it may be gone, or of the run that was here before
     clips = _remaining(session, output, meta["clip"])
     paths = outputs(output, len(request.timelines))
     with ExitStack() as files:
@@ -304,6 +318,22 @@ def proceed(bundle: Bundle, output, stop: Callable[[], bool] = lambda: False) ->
                 return
     cards.write_card(output, card | {"latents": meta["digest"]})
     state_path(output).unlink()
+
+
+def _check_position(meta: dict[str, Any], session: Session, path) -> None:
+    """Raises: CheckpointError when a state's position is not one of this run."""
+    clip, offsets = meta["clip"], meta["offsets"]
+    kind = int if clip else type(None)
+    if not (
+        0 <= clip <= session.num_clips
+        and meta["frame"] == session.cuts.begin(clip)
+        and len(offsets) == len(session.keys)
+        and all(isinstance(at, kind) for at in offsets)
+    ):
+        raise CheckpointError(
+            f"{path} is at clip {clip}, frame {meta['frame']}, where this run is never; remove it "
+            "to start again"
+        )
 
 
 def _remaining(session: Session, output, clip: int) -> Iterator[ClipResult]:

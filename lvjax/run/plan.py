@@ -21,6 +21,7 @@ from lvjax.core.errors import DoesNotFitError, StorageError
 from lvjax.core.params import flatten, num_bytes
 from lvjax.flow.schedule import make_schedule
 from lvjax.flow.truncated import steps_needed
+from lvjax.kernels.attention import score_bytes
 from lvjax.memory.cache import init_cache
 from lvjax.methods.error_free import memory_layers
 from lvjax.models.config import VAEConfig
@@ -28,6 +29,7 @@ from lvjax.models.vae import vae_spec
 from lvjax.rollout.clipwise import MASK
 from lvjax.run.bundle import Bundle, specs
 from lvjax.run.session import Request, cuts, data_mesh
+from lvjax.run.state import state_path
 
 # bytes of the process once jax is up and the pocket programs are loaded, measured on the CPU
 RUNTIME = 520e6
@@ -112,7 +114,7 @@ def make_plan(bundle: Bundle, work: Work) -> Plan:
     rows = batch * (2 if work.guided else 1)
     grid, tokens = _tokens(bundle, work)
     bank = _bank_bytes(bundle, rows, grid)
-    scores = rows * dit.num_heads * tokens * min(d.capacity * tokens, 8192) * 4
+    scores = score_bytes(rows, dit.num_heads, tokens, d.capacity * tokens)
     activations = rows * tokens * (dit.ffn_dim + 12 * dit.dim) * 4
     picture = batch * math.prod(work.size) / vae.patch**2 * vae.base * 4
     decoding = round(picture * (12 + 4 * MASK * (d.clip_latents - d.overlap)))
@@ -273,8 +275,8 @@ def fits(plan: Plan) -> bool:
     return on_device and plan.host_bytes + COMPILING <= host_memory()
 
 
-def check_plan(plan: Plan, bundle: Bundle, work: Work, output) -> None:
-    """Raises: DoesNotFitError with settings that fit; StorageError when the disk is too small."""
+def check_memory(plan: Plan, bundle: Bundle, work: Work) -> None:
+    """Raises: DoesNotFitError with settings that fit."""
     if not fits(plan):
         needs = f"{(plan.host_bytes + COMPILING) / 1e9:.1f} GB of memory"
         have = f"{host_memory() / 1e9:.1f} GB are free"
@@ -282,16 +284,22 @@ def check_plan(plan: Plan, bundle: Bundle, work: Work, output) -> None:
             needs += f" and {plan.device_bytes / 1e9:.1f} GB on each device"
             have += f", {device_memory() / 1e9:.1f} GB on a device"
         raise DoesNotFitError(f"the run needs {needs}, {have}; {_smaller(bundle, work)}")
-    place = Path(output).resolve().parent
+
+
+def check_disk(plan: Plan, output) -> None:
+    """Raises: StorageError when the disk is too small; a state that is there is counted."""
+    place = os.path.dirname(os.path.realpath(output))
     try:
         free = shutil.disk_usage(place).free
     except OSError as e:
         raise StorageError(
             f"cannot write to {place}: {e.strerror or e}; choose another --out"
         ) from e
-    if plan.disk > free:
+    there = state_path(output)
+    needs = plan.disk - (there.stat().st_size if there.is_file() else 0)
+    if needs > free:
         raise StorageError(
-            f"the run needs {plan.disk / 1e6:.0f} MB on {place}, {free / 1e6:.0f} MB are free; "
+            f"the run needs {needs / 1e6:.0f} MB on {place}, {free / 1e6:.0f} MB are free; "
             "free space or choose another --out"
         )
 

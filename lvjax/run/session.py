@@ -40,6 +40,7 @@ from lvjax.run.bundle import Bundle, Defaults
 from lvjax.run.timeline import Cuts, notices
 
 MAX_FRAMES = 10_000_000
+MAX_SIDE = 16384  # of an encoded picture
 
 _encode_video = jax.jit(encode_video, static_argnums=2)
 
@@ -205,6 +206,8 @@ def check_size(size: tuple[int, int], bundle: Bundle) -> tuple[int, int]:
     """Raises: InputError naming the two nearest sides that the model can make."""
     unit = bundle.vae.spatial_stride * bundle.dit.patch[1]
     for name, n in zip(("height", "width"), size, strict=True):
+        if n > MAX_SIDE:
+            raise InputError(f"{name} is {n}; a picture of a video has at most {MAX_SIDE}")
         if n < unit or n % unit:
             below = max(unit, n - n % unit)
             raise InputError(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from lvjax.data.prompts import MAX_WORDS, VOCABULARY, encode
 
+SHOWN = 10  # words or prompts in one notice
+
 Timeline = tuple[tuple[float, str], ...]
 """((seconds, prompt), ...) in order, the first at 0."""
 
@@ -65,18 +67,28 @@ def notices(timelines: Iterable[Timeline], negative: str, cuts: Cuts) -> tuple[s
     timelines = dict.fromkeys(timelines)
     texts = dict.fromkeys([p for row in timelines for _, p in row] + [negative])
     missed = dict.fromkeys(moment for row in timelines for moment in cuts.missed(row))
-    unknown, cut = {}, {}
+    unknown, cut, wordless = {}, {}, []
     for text in texts:
         encoded = encode(text)
+        if text and not encoded.ids.any() and not encoded.unknown:
+            wordless.append(text)
         unknown |= dict(encoded.unknown)
         cut |= {text: encoded.cut} if encoded.cut else {}
-    return tuple(_unknown(unknown) + _cut(cut) + _missed(list(missed), cuts))
+    return tuple(_wordless(wordless) + _unknown(unknown) + _cut(cut) + _missed(list(missed), cuts))
+
+
+def _wordless(texts: list[str]) -> list[str]:
+    if not texts:
+        return []
+    more = _and(len(texts) - 1)
+    return [f"the prompt {_short(texts[0])}{more} holds no word, so the model follows none"]
 
 
 def _unknown(words: dict[str, str | None]) -> list[str]:
     if not words:
         return []
-    listed = ", ".join(f"{w!r} (nearest: {near!r})" for w, near in sorted(words.items()))
+    shown = [f"{_short(w)} (nearest: {near!r})" if near else _short(w) for w, near in words.items()]
+    listed = ", ".join(sorted(shown)[:SHOWN]) + _and(len(shown) - SHOWN)
     return [f"the model does not know {listed}; `lvjax info` lists its {len(VOCABULARY)} words"]
 
 
@@ -84,9 +96,9 @@ def _cut(prompts: dict[str, list[str]]) -> list[str]:
     if not prompts:
         return []
     (text, words), others = next(iter(prompts.items())), len(prompts) - 1
-    listed = ", ".join(map(repr, words))
+    listed = ", ".join(map(_short, words[:SHOWN])) + _and(len(words) - SHOWN)
     return [
-        f"the model reads {MAX_WORDS} words that it knows; of the prompt {text!r}"
+        f"the model reads {MAX_WORDS} words that it knows; of the prompt {_short(text)}"
         f"{_and(others)} the rest is left out ({listed}); say less"
     ]
 
@@ -97,11 +109,15 @@ def _missed(moments: list[tuple[float, str]], cuts: Cuts) -> list[str]:
     (second, text), others = moments[0], len(moments) - 1
     begins = ", ".join(f"{cuts.begin(i) / cuts.fps:g}" for i in range(min(cuts.clips, 4)))
     return [
-        f"the prompt {text!r} at {second:g} s{_and(others)} will not be shown: a prompt holds for "
-        f"whole clips, and they begin at {begins}{' ...' if cuts.clips > 4 else ''} s in "
+        f"the prompt {_short(text)} at {second:g} s{_and(others)} will not be shown: a prompt "
+        f"holds for whole clips, and they begin at {begins}{' ...' if cuts.clips > 4 else ''} s in "
         f"{cuts.frames / cuts.fps:g} s of video; move it, or make the video longer"
     ]
 
 
 def _and(others: int) -> str:
-    return f" (and {others} more)" if others else ""
+    return f" (and {others} more)" if others > 0 else ""
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")

@@ -98,6 +98,14 @@ def test_a_model_file_with_bad_values_is_a_bad_checkpoint(model, tmp_path, part,
         ("vae", {"temporal_down": []}, "VAEConfig.temporal_down"),
         ("vae", {"mean": [0.0]}, "VAEConfig.mean"),
         ("text", {"num_heads": 5}, "a multiple of num_heads, 5"),
+        ("text", {"eps": None}, "PocketTextConfig.eps"),
+        ("dit", {"theta": 0}, "DiTConfig.theta"),
+        ("dit", {"eps": 1e7}, "DiTConfig.eps"),
+        ("dit", {"dtype": "int4"}, "one of float32"),
+        ("dit", {"condition_channels": "x"}, "condition_channels"),
+        ("dit", {"image_dim": []}, "image_dim"),
+        ("vae", {"res_blocks": 10**7}, "res_blocks"),
+        ("defaults", {"size": [60, 60]}, "makes multiples of"),
     ],
 )
 def test_a_model_of_impossible_sizes_is_a_bad_checkpoint(model, tmp_path, part, change, message):
@@ -107,6 +115,14 @@ def test_a_model_of_impossible_sizes_is_a_bad_checkpoint(model, tmp_path, part, 
     with pytest.raises(CheckpointError, match=message) as e:
         outline(tmp_path)
     assert "model.json" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_config_of_frozen_values_can_be_changed(tmp_path):
+    text = (
+        "from ml_collections import FrozenConfigDict as F\ndef get_config(): return F({'seed': 1})"
+    )
+    (tmp_path / "c.py").write_text(text)
+    assert config.load(str(tmp_path / "c.py"), ["seed=3"]).seed == 3
 
 
 def test_a_path_that_is_no_config_is_not_another_config(tmp_path, monkeypatch):
@@ -136,6 +152,11 @@ def test_a_key_is_looked_up_at_every_level(key):
         ("import no_such_module\n", "no_such_module"),
         ("def get_config():\n    return 1 / 0\n", "ZeroDivisionError"),
         ("x = 1\n", "no get_config"),
+        ("import sys; sys.exit(3)\n", "SystemExit"),
+        ("def get_config():\n    raise SystemExit('bye')\n", "bye"),
+        ("def get_config():\n    return 5\n", "returned 5"),
+        ("def get_config():\n    return {5: 4, 'zz': 1}\n", "keys are names"),
+        ("def get_config():\n    return {'defaults': {1: 2}}\n", "keys are names"),
     ],
 )
 def test_an_error_in_a_config_file_is_one_line(tmp_path, text, message):

@@ -20,6 +20,7 @@ from lvjax.io.video import read_card, read_video
 from lvjax.run import job
 from lvjax.run.bundle import load, save
 from lvjax.run.card import card_path
+from lvjax.run.state import state_path
 from tests.cli.commands import PROMPTS, generate
 
 
@@ -206,6 +207,13 @@ def test_config_and_set_reach_everything(model, tmp_path):
         (["--prompt", "x", "--seconds", "soon"], 2, "invalid float"),
         (["--prompt", "x", "--image", "nowhere.png"], 2, "nowhere.png"),
         (["--prompt", "x", "--video", "nowhere.mp4"], 2, "nowhere.mp4"),
+        (["--prompt", "x", "--image", "a" * 5000], 2, "no such image file"),
+        (["--prompt", "x", "--image", "a\nb.png"], 2, "a\\nb.png"),
+        (["--prompt", "x", "--video", "a" * 5000], 2, "no such video file"),
+        (["--prompt", "x", "--num-videos", "99999999999999"], 2, "several runs"),
+        (["--prompt", "x", "--size", "999999x64"], 2, "at most 16384"),
+        (["--prompt", "x", "--set", "defaults.shift=" + "-" * 5000 + "1"], 2, "shift"),
+        (["--prompt", "x", "--config", ""], 2, "config"),
         (["--prompt", "x", "--steps", "0"], 2, "steps"),
         (["--prompt", "x", "--num-videos", "0"], 2, "num-videos"),
         (["--prompt", "x", "--seed", "-1"], 2, "seed"),
@@ -229,6 +237,27 @@ def test_bad_input_is_one_line_with_its_exit_code(model, tmp_path, capsys, args,
         found == code and message in err and len(err.splitlines()) == 1 and "Traceback" not in err
     )
     assert not out.exists() and not list(tmp_path.glob("*.lock"))
+
+
+def test_what_is_no_plain_file_is_not_replaced(model, tmp_path, capsys):
+    (tmp_path / "dir.mp4").mkdir()
+    os.mkfifo(tmp_path / "fifo.mp4")
+    os.symlink(tmp_path / "loop.mp4", tmp_path / "loop.mp4")
+    for name in ("dir", "fifo", "loop"):
+        assert generate(model, tmp_path / f"{name}.mp4", *PROMPTS, "--overwrite") == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+        assert not state_path(tmp_path / f"{name}.mp4").exists()
+
+
+def test_notices_stay_short(model, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    words = ["".join(map(chr, rng.integers(97, 123, 8))) for _ in range(3000)]
+    began = time.monotonic()
+    prompts = ("--prompt", " ".join(words) + " " + "x" * 100_000, "--prompt", "\u200b")
+    assert generate(model, tmp_path / "a.mp4", *prompts, "--frames", "5") == 0
+    notes = [x for x in capsys.readouterr().err.splitlines() if x.startswith("note: ")]
+    assert max(map(len, notes)) < 1000 and "and 2991 more" in "".join(notes)
+    assert any("holds no word" in x for x in notes) and time.monotonic() - began < 20
 
 
 def test_an_existing_video_is_not_lost(model, tmp_path, capsys):

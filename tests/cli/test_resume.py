@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from lvjax.cli.main import main
 from lvjax.core.checkpoint import load_arrays, save_arrays
@@ -150,6 +151,55 @@ def test_runs_whose_files_overlap_exclude_each_other(model, tmp_path, capsys):
         assert main(["generate", "--resume", "--out", str(tmp_path / "b.mp4")]) == 7
     assert main(["generate", "--resume", "--out", str(tmp_path / "b.mp4")]) == 0
     assert not list(tmp_path.glob("*.lock"))
+
+
+def test_a_run_without_its_card_goes_on(model, tmp_path):
+    """The state holds the card: a kill between the two first files loses nothing."""
+    args = (*PROMPTS, "--frames", "29")
+    assert generate(model, tmp_path / "whole.mp4", *args) == 0
+    for name, instead in (("a", None), ("b", card_path(tmp_path / "whole.mp4").read_bytes())):
+        out = tmp_path / f"{name}.mp4"
+        interrupted(model, out, 1, *args)
+        card_path(out).unlink()
+        if instead is not None:  # the card of another run that was here before
+            card_path(out).write_bytes(instead)
+        assert main(["generate", "--resume", "--out", str(out)]) == 0
+        assert out.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+        assert "latents" in json.loads(card_path(out).read_text())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clip": "1"},
+        {"clip": -1},
+        {"clip": 0},
+        {"clip": 99},
+        {"frame": 4},
+        {"frame": "17"},
+        {"digest": 4},
+        {"offsets": []},
+        {"offsets": [None]},
+        {"offsets": 7},
+        {"card": {"options": {"frames": 18}}},
+        {"card": {"options": {"steps": 0}}},
+    ],
+    ids=str,
+)
+def test_a_state_that_no_run_leaves_is_refused(model, tmp_path, capsys, change):
+    """Written with a right checksum, as a program with a fault would."""
+    out = tmp_path / "a.mp4"
+    interrupted(model, out, 1, *PROMPTS, "--frames", "29")
+    arrays, meta = load_arrays(state_path(out))
+    if "card" in change:
+        card = meta["card"]
+        change = {"card": card | {"options": card["options"] | change["card"]["options"]}}
+    save_arrays(state_path(out), arrays, meta | change)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert main(["generate", "--resume", "--out", str(out), "--quiet"]) == 3
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert before == {p: p.read_bytes() for p in tmp_path.iterdir()}
 
 
 def test_a_damaged_state_is_refused(model, tmp_path, capsys):

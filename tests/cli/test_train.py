@@ -162,6 +162,12 @@ def test_another_recipe_is_refused(finished, command, tmp_path, capsys, change, 
     assert steps(tmp_path / "run") == dict.fromkeys(STAGES, 2)
 
 
+def test_a_folder_in_which_nothing_was_made_is_free(command, tmp_path):
+    assert main([*command("seed=1"), "--minutes", "1e-9"]) == 0
+    assert main([*command(), "--minutes", "1e-9"]) == 0
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["seed"] == 0
+
+
 def test_longer_stages_and_other_defaults_go_on(finished, command, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     longer = stages("extension", steps=4, learning_rate=5e-4)  # as after a run that diverged
@@ -186,11 +192,22 @@ def test_a_folder_without_a_recipe_takes_the_first_and_a_damaged_one_is_named(
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [("videos=0", "1 or more"), ("videos=many", "videos"), ("defaults.fps=0", "defaults.fps is 0")],
+    [
+        ("videos=0", "1 or more"),
+        ("videos=many", "videos"),
+        ("videos=None", "1 or more"),
+        ("seed=-1", "from 0 to"),
+        ("defaults.fps=0", "defaults.fps is 0"),
+    ],
 )
 def test_values_that_no_run_can_have(command, tmp_path, capsys, change, message):
     assert main(command(change)) == 2
     assert message in said(capsys) and not (tmp_path / "run").exists()
+
+
+def test_a_start_that_is_no_model(command, tmp_path, capsys):
+    assert main(command("start='nowhere'")) == 3
+    assert "model.json" in said(capsys) and not (tmp_path / "run").exists()
 
 
 def test_minutes_must_be_positive(command, capsys):

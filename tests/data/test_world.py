@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from lvjax.core.errors import InputError
+from lvjax.core.errors import CheckpointError, InputError
 from lvjax.data.clips import CLIP_FRAMES, ClipStore, render
 from lvjax.data.judge import camera_of, colour_of, object_direction
 from lvjax.data.prompts import (
@@ -117,6 +117,25 @@ def test_clips_overlap_by_the_given_frames_and_the_store_resumes(tmp_path):
     np.testing.assert_array_equal(again.frames[2], render(2, 2)[0])
     with pytest.raises(InputError, match="another folder"):
         ClipStore(tmp_path, 4, clips=2)
+
+
+@pytest.mark.parametrize("name", ["frames.npy", "ids.npy", "objects.npy"])
+def test_clips_that_are_damaged_are_not_filled_up(tmp_path, name):
+    ClipStore(tmp_path, 2, clips=2).fill()
+    data = (tmp_path / name).read_bytes()
+    for damaged in (data[: len(data) // 2], b"", b"junk" * 99):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="damaged or cut short; remove"):
+            ClipStore(tmp_path, 2, clips=2)
+        assert (tmp_path / name).read_bytes() == damaged
+
+
+@pytest.mark.parametrize("text", ["", "x", "-5", "99"])
+def test_a_mark_that_cannot_be(tmp_path, text):
+    store = ClipStore(tmp_path, 2, clips=2)
+    (tmp_path / "ready").write_text(text)
+    with pytest.raises(CheckpointError, match="ready is damaged"):
+        store.fill()
 
 
 def test_unknown_split():

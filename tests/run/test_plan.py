@@ -150,27 +150,29 @@ def test_a_refusal_names_a_setting_that_fits(pocket, work, monkeypatch, tmp_path
     needs = make_plan(pocket, work).host_bytes + plans.COMPILING
     monkeypatch.setattr(plans, "host_memory", lambda: int(needs) - 1)
     with pytest.raises(DoesNotFitError, match="fit") as e:
-        plans.check_plan(make_plan(pocket, work), pocket, work, tmp_path / "a.mp4")
+        plans.check_memory(make_plan(pocket, work), pocket, work)
     videos, width, height = re.search(r"(\w+) videos? .*--size (\d+)x(\d+)", str(e.value)).groups()
     batch = 1 if videos == "one" else int(videos)
     fitting = change(work, batch=batch, size=(int(height), int(width)))
-    plans.check_plan(make_plan(pocket, fitting), pocket, fitting, tmp_path / "a.mp4")
+    plans.check_memory(make_plan(pocket, fitting), pocket, fitting)
 
 
 def test_nothing_smaller_fits(pocket, monkeypatch, tmp_path):
     monkeypatch.setattr(plans, "host_memory", lambda: 10**8)
     with pytest.raises(DoesNotFitError, match="free memory"):
-        plans.check_plan(make_plan(pocket, WORK), pocket, WORK, tmp_path / "a.mp4")
+        plans.check_memory(make_plan(pocket, WORK), pocket, WORK)
 
 
 def test_a_disk_that_is_too_small(pocket, monkeypatch, tmp_path):
     plan = make_plan(pocket, WORK)
     monkeypatch.setattr(plans.shutil, "disk_usage", lambda _: Usage(plan.disk - 1))
     with pytest.raises(StorageError, match="free space"):
-        plans.check_plan(plan, pocket, WORK, tmp_path / "a.mp4")
+        plans.check_disk(plan, tmp_path / "a.mp4")
+    (tmp_path / "a.mp4.state").write_bytes(b"1")  # of a run that goes on
+    plans.check_disk(plan, tmp_path / "a.mp4")
     with pytest.raises(StorageError):
         monkeypatch.undo()
-        plans.check_plan(plan, pocket, WORK, tmp_path / "nowhere" / "a.mp4")
+        plans.check_disk(plan, tmp_path / "nowhere" / "a.mp4")
 
 
 Usage = namedtuple("Usage", "free")
