@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from numbers import Rational
 from pathlib import Path
 
 import av
@@ -54,7 +55,8 @@ def _storing(path):
 
 
 def _as_rate(fps) -> Fraction:
-    if not (isinstance(fps, (int, float, Fraction)) and math.isfinite(fps) and 0 < fps <= 1000):
+    # PyAV has rates as Fractions, from 19 on as rationals of its own
+    if not (isinstance(fps, (Rational, float)) and math.isfinite(fps) and 0 < fps <= 1000):
         raise InputError(f"frame rate {fps!r}: allowed is a number above 0 and at most 1000")
     return Fraction(fps).limit_denominator(1001)
 
