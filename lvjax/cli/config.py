@@ -101,15 +101,12 @@ def _assign(config, key: str, value) -> None:
 
 
 def _check_key(config, name: str, key: str) -> None:
-    if not hasattr(config, "keys"):
-        raise InputError(f"--set {key}: what {name!r} is looked for in has no keys")
-    if name not in config:
-        near = difflib.get_close_matches(name, list(config), n=1, cutoff=0.0)
-        raise InputError(
-            f"--set {key}: unknown key {name!r}; did you mean {near[0]!r}?"
-            if near
-            else f"--set {key}: {name!r} is in a group without keys"
-        )
+    keys = list(config) if hasattr(config, "keys") else []
+    if not keys:
+        raise InputError(f"--set {key}: there is no {name!r}, what stands before it has no keys")
+    if name not in keys:
+        near = difflib.get_close_matches(name, keys, n=1, cutoff=0.0)
+        raise InputError(f"--set {key}: unknown key {name!r}; did you mean {near[0]!r}?")
 
 
 def build(cls, values) -> Any:

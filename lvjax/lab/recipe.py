@@ -46,7 +46,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that `train` needs; the defaults made the weights in the package.
+    """Everything that `train` needs; the defaults are the recipe of the weights in the package, but
+    for the points that their model card names.
 
     start: a bundle ("pocket" or a folder) to go on from: its autoencoder stays as it is but for the
       decoder stage, and the extension stages begin with its DiT and text encoder.

@@ -213,7 +213,7 @@ def _unpng(text: str) -> np.ndarray:
 
 
 def start(bundle: Bundle, request: Request, output, card: dict[str, Any]) -> tuple[str, ...]:
-    """Create the files of a run that has made nothing yet; `proceed` makes the videos.
+    """Save the state of a run that has made nothing yet; `proceed` makes the card and the videos.
 
     From here on the run can be resumed: its first state follows from the card, so none is saved.
     Returns what the user should know about the request.
@@ -223,7 +223,6 @@ def start(bundle: Bundle, request: Request, output, card: dict[str, Any]) -> tup
     offsets = [None] * len(request.timelines)
     meta = {"card": card, "clip": 0, "frame": 0, "digest": "", "offsets": offsets}
     save_state(state_path(output), {}, meta)
-    cards.write_card(output, card)
     return notices
 
 
