@@ -2,7 +2,7 @@
 """Reading other people's safetensors: one file, a sharded index, or a folder as diffusers saves it.
 
 Owns: finding the files, checking a header before anything in it is believed, reading single arrays.
-Does not own: what the names mean (keys_wan.py, recognise.py).  Nothing is executed, and an
+Does not own: what the names mean (keys_*.py, recognise.py).  Nothing is executed, and an
 index cannot name a file outside its folder (symbolic links in it are followed: download caches are
 made of them); `.pth` files, which are programs, are not read.
 Source: huggingface/safetensors, README.md (the format).

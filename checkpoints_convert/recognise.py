@@ -10,8 +10,10 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from checkpoints_convert.keys_wan import Rule, dit_rules, vae_rules
+from checkpoints_convert.keys_dit import dit_rules
+from checkpoints_convert.keys_vae import vae_rules
 from checkpoints_convert.read import Tensors
+from checkpoints_convert.rules import Rule
 from lvjax.core.errors import CheckpointError
 from lvjax.models.config import WAN_VAE_2_1, DiTConfig, VAEConfig
 from lvjax.models.dit import dit_spec

@@ -16,9 +16,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints_convert.keys_wan import convert
 from checkpoints_convert.read import open_checkpoint
 from checkpoints_convert.recognise import LATER, Model, recognise
+from checkpoints_convert.rules import convert
 from lvjax.core.checkpoint import save_arrays, write_atomic
 from lvjax.core.errors import CheckpointError, StorageError
 from lvjax.core.params import count, flatten

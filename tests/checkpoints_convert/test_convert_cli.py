@@ -10,7 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from checkpoints_convert import read
-from checkpoints_convert.keys_wan import TRANSFORMS, dit_rules, vae_rules
+from checkpoints_convert.keys_dit import dit_rules
+from checkpoints_convert.keys_vae import vae_rules
+from checkpoints_convert.rules import TRANSFORMS
 from lvjax.cli.main import main
 from lvjax.core.checkpoint import load_arrays
 from lvjax.core.params import flatten

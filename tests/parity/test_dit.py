@@ -15,7 +15,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from einops import rearrange
 
-from checkpoints_convert.keys_wan import convert, dit_rules
+from checkpoints_convert.keys_dit import dit_rules
+from checkpoints_convert.rules import convert
 from lvjax.core.params import abstract
 from lvjax.models import dit as dit_module
 from lvjax.models import dit_block
