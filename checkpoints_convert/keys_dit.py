@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Key maps of Wan's diffusion transformer, in the official and the diffusers naming.
+"""Key maps of Wan's diffusion transformer, in the official and the diffusers naming, and its sizes.
 
 Sources: Wan-Video/Wan2.1, wan/modules/model.py; huggingface/diffusers,
 scripts/convert_wan_to_diffusers.py.
 """
 
+import math
+from collections.abc import Mapping
+
 import numpy as np
 
 from checkpoints_convert.rules import Rule, Transform, linear_rules, norm_rules
+from checkpoints_convert.sizes import Shapes, count_layers, shape_of, stated
+from lvjax.core.errors import CheckpointError
 from lvjax.models.config import DiTConfig
 
 # Linears: ours -> (diffusers, official).
@@ -126,3 +131,70 @@ def dit_rules(cfg: DiTConfig, layout: str) -> tuple[Rule, ...]:
         target = (target, "condition_embedding/kernel")
     patch = Rule("patch_embedding.weight", target, split(channels, cfg.patch))
     return (*_dit_table(layout), patch)
+
+
+# Where sizes are read, and what tells a naming: ours -> (diffusers, official).
+_SIZES = {
+    "layers": ("blocks.{layer}.attn1.to_q.weight", "blocks.{layer}.self_attn.q.weight"),
+    "ffn": ("blocks.0.ffn.net.0.proj.weight", "blocks.0.ffn.0.weight"),
+    "head": ("proj_out.weight", "head.head.weight"),
+    "text": ("condition_embedder.text_embedder.linear_1.weight", "text_embedding.0.weight"),
+    "time": ("condition_embedder.time_embedder.linear_1.weight", "time_embedding.0.weight"),
+    "image": ("condition_embedder.image_embedder.norm1.weight", "img_emb.proj.0.weight"),
+    "place": ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos"),
+}
+LAYOUTS = ("diffusers", "official")
+HEAD_DIM = 128  # of every released Wan
+
+
+def dit_layout(names) -> str | None:
+    """The naming of a DiT's arrays, None when they are not those of one."""
+    for column, layout in enumerate(LAYOUTS):
+        first = _SIZES["layers"][column].format(layer=0)
+        if "patch_embedding.weight" in names and first in names:
+            return layout
+    return None
+
+
+def dit_config(shapes: Shapes, layout: str, config: Mapping) -> DiTConfig:
+    """The sizes of a DiT, from the shapes of its arrays.
+
+    config: what its config.json says, or nothing; it adds what shapes do not show (heads, eps, the
+      text's length) and must not contradict them.
+    Raises: CheckpointError when arrays are missing, or something does not fit together.
+    """
+    name = {size: names[LAYOUTS.index(layout)] for size, names in _SIZES.items()}
+    dim, channels, *patch = shape_of(shapes, "patch_embedding.weight", 5)
+    out_channels = shape_of(shapes, name["head"], 2)[0] // math.prod(patch)
+    image = name["image"] in shapes
+    return DiTConfig(
+        dim=dim,
+        num_heads=_heads(dim, config),
+        num_layers=stated(config, "num_layers", count_layers(shapes, name["layers"])),
+        ffn_dim=stated(config, "ffn_dim", shape_of(shapes, name["ffn"], 2)[0]),
+        in_channels=out_channels,
+        out_channels=out_channels,
+        condition_channels=channels - out_channels,
+        patch=tuple(patch),
+        text_dim=stated(config, "text_dim", shape_of(shapes, name["text"], 2)[1]),
+        text_len=config.get("text_len", DiTConfig.text_len),
+        image_dim=shape_of(shapes, name["image"], 1)[0] if image else None,
+        image_pos_len=shape_of(shapes, name["place"], 3)[1] if name["place"] in shapes else 0,
+        freq_dim=stated(config, "freq_dim", shape_of(shapes, name["time"], 2)[1]),
+        eps=config.get("eps", DiTConfig.eps),
+    )
+
+
+def _heads(dim: int, config: Mapping) -> int:
+    """Attention heads: from config.json, else by Wan's head size."""
+    heads = config.get("num_attention_heads", config.get("num_heads"))
+    if heads is None and dim % HEAD_DIM:
+        raise CheckpointError(
+            f"width {dim} is not a multiple of {HEAD_DIM}; put its config.json, which tells the "
+            "heads, beside it"
+        )
+    heads = dim // HEAD_DIM if heads is None else int(heads)
+    size = int(config.get("attention_head_dim", dim // heads))
+    if heads * size != dim:
+        raise CheckpointError(f"config.json says {heads} heads of {size}, the width is {dim}")
+    return heads

@@ -1,217 +1,179 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading other people's safetensors: one file, a sharded index, or a folder as diffusers saves it.
+"""Other people's checkpoints: one file, shards with an index, or a folder with one of these.
 
-Owns: finding the files, checking a header before anything in it is believed, reading single arrays.
-Does not own: what the names mean (keys_*.py, recognise.py).  Nothing is executed, and an
-index cannot name a file outside its folder (symbolic links in it are followed: download caches are
-made of them); `.pth` files, which are programs, are not read.
-Source: huggingface/safetensors, README.md (the format).
+Owns: finding the files, telling what a file is by its content (a suffix decides nothing), indices,
+the names that wrappers of PyTorch add.  Does not own: the formats (read_safetensors.py,
+read_torch.py), what the names mean (keys_*.py, recognise.py).  Nothing in a file is executed.
+
+Where an index may lead.  An index is a text that came with the download, so a shard in it must be
+the bare name of a file beside the index: no separator, no drive, no "..", no control character.
+What lies under that name belongs to whoever fills the folder, and caches of downloads are made of
+symbolic links, so links are followed, to anywhere; but to regular files only: a folder, pipe,
+socket or device behind a link is refused, as is a link that leads nowhere.  "Beside the index"
+means beside the path that was given, before its own links are resolved.  No message quotes the
+content of a file that is no checkpoint, so that a link to a secret shows nothing of it.
 """
 
-import json
-import math
-from collections.abc import Iterator, Mapping
+import os
+import re
+import stat
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-
-from lvjax.core.checkpoint import DTYPES
+from checkpoints_convert.files import HEAD, opened, read_json, shown, sign
+from checkpoints_convert.read_safetensors import read_header
+from checkpoints_convert.read_torch import read_torch
+from checkpoints_convert.tensors import TENSORS_MAX, Entry, Tensors, renamed
 from lvjax.core.errors import CheckpointError
 
-HEADER_MAX = 100_000_000  # bytes; the format's own limit
-JSON_MAX = 100_000_000
-INDEX = ".safetensors.index.json"
+__all__ = ["Tensors", "find", "open_checkpoint", "read_json"]
+
+KINDS = (".safetensors.index.json", ".safetensors", ".bin.index.json")
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
-LATER = "lvjax reads safetensors; {} come with a later release"
+SHARDS_MAX = 1000
+WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+OUTER = ("model.", "module.")  # stripped where every name has them
 
 
-class Entry(NamedTuple):
-    """Where an array is: its file, dtype name, shape, and first byte."""
+def open_checkpoint(source, weights: str | None = None) -> tuple[Tensors, dict]:
+    """The arrays of a checkpoint, and the config.json beside it ({} without one).
 
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-
-
-class Tensors(Mapping):
-    """The arrays of a checkpoint by name; each is read from its file when asked for."""
-
-    def __init__(self, entries: dict[str, Entry]):
-        self.entries = entries
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        """The array, in its stored dtype.
-
-        Raises: CheckpointError when it is not finite or the file is gone.
-        """
-        entry = self.entries[name]
-        dtype = np.dtype(DTYPES[entry.dtype])
-        try:
-            with entry.path.open("rb") as f:
-                f.seek(entry.start)
-                flat = np.fromfile(f, dtype, math.prod(entry.shape))
-        except OSError as e:
-            raise CheckpointError(f"cannot read {entry.path}: {e.strerror or e}") from e
-        if flat.size != math.prod(entry.shape):
-            raise CheckpointError(f"{entry.path} became shorter while it was read; try again")
-        if not np.isfinite(flat).all():
-            bad = f"{entry.path}: array {name!r} is not finite"
-            raise CheckpointError(f"{bad}; download the file again from its source")
-        return flat.reshape(entry.shape)
-
-    def __contains__(self, name) -> bool:
-        return name in self.entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, from its header."""
-        return self.entries[name].shape
-
-    def dtypes(self) -> set[str]:
-        """Names of the stored dtypes, as in the file."""
-        return {e.dtype for e in self.entries.values()}
-
-    def without(self, prefix: str) -> "Tensors":
-        """The same arrays, `prefix` removed from every name."""
-        return Tensors({k.removeprefix(prefix): e for k, e in self.entries.items()})
-
-
-def _json(path: Path, text: bytes) -> dict:
-    def once(pairs):
-        if len(found := dict(pairs)) != len(pairs):
-            raise ValueError("a name stands there twice")
-        return found
-
-    try:
-        value = json.loads(text, object_pairs_hook=once)
-    except (ValueError, RecursionError) as e:
-        reason = str(e).splitlines()[0]
-        raise CheckpointError(f"{path} is damaged ({reason}); download it again") from e
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is damaged (not an object); download it again")
-    return value
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object.
-
-    Raises: CheckpointError when it is missing, too large, or not one.
+    source: a safetensors or PyTorch file, an index of either, or a folder with one of them.
+    weights: which set of weights, where a file has several (`Tensors.chosen` tells what was taken).
+    Raises: CheckpointError saying what is wrong with it.
     """
-    try:
-        if path.stat().st_size > JSON_MAX:
-            raise CheckpointError(f"{path} is larger than {JSON_MAX} bytes; it cannot be right")
-        return _json(path, path.read_bytes())
-    except OSError as e:
-        raise CheckpointError(f"cannot read {path}: {e.strerror or e}") from e
+    path = find(Path(source))
+    entries, chosen = _read(path, weights)
+    if not entries:
+        raise CheckpointError(f"{path} holds no arrays; download it again")
+    config = path.parent / "config.json"
+    found = read_json(config) if os.path.lexists(config) else {}
+    return Tensors(unwrapped(entries), chosen), found
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """The arrays of one safetensors file, every number in its header checked.
+def find(source: Path) -> Path:
+    """The file to read for `source`: itself, or the one checkpoint in a folder.
 
-    Raises: CheckpointError saying what is wrong with the file.
+    Raises: CheckpointError when there is none, or several.
     """
+    if not _is_folder(source):
+        return source
     try:
-        size = path.stat().st_size
-        with path.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if size < 8 or length > HEADER_MAX or length > size - 8:
-                what = f"{path} is not a safetensors file, or cut short"
-                raise CheckpointError(f"{what} ({size} bytes, a header of {length}); download it")
-            header = _json(path, f.read(length))
+        names = sorted(os.listdir(source))
     except OSError as e:
-        raise CheckpointError(f"cannot read {path}: {e.strerror or e}; give a file") from e
-    header.pop("__metadata__", None)
-    spans = sorted((_span(path, name, fields), name) for name, fields in header.items())
-    end = 0
-    for (start, stop), name in spans:
-        if start != end:
-            raise CheckpointError(f"{path} is damaged (array {name!r} overlaps); download it again")
-        end = stop
-    if 8 + length + end != size:
-        what = f"{path} is cut short or damaged: {8 + length + end} bytes expected, {size} there"
-        raise CheckpointError(f"{what}; download it again")
-    return {
-        name: Entry(path, header[name]["dtype"], tuple(header[name]["shape"]), 8 + length + start)
-        for (start, _), name in spans
-    }
+        raise CheckpointError(f"cannot read {source}: {e.strerror or e}; give a file") from e
+    for suffixes in (*KINDS, PICKLES):
+        found = [name for name in names if name.endswith(suffixes) and not name.startswith(".")]
+        if len(found) == 1:
+            return source / found[0]
+        if found:
+            first = ", ".join(found[:4])
+            raise CheckpointError(f"{source} holds {len(found)} checkpoints ({first}); name one")
+    raise CheckpointError(f"{source} holds no .safetensors or .pth file; give one, or its folder")
 
 
-def _span(path: Path, name: str, fields) -> tuple[int, int]:
-    """First and last byte of an array in the body of the file."""
+def _is_folder(source: Path) -> bool:
     try:
-        dtype, shape, (start, stop) = fields["dtype"], fields["shape"], fields["data_offsets"]
-        numbers = [*shape, start, stop]
-        sound = all(type(n) is int and n >= 0 for n in numbers) and len(shape) <= 8
-        if not sound or stop - start != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
-            raise ValueError
-    except (TypeError, KeyError, ValueError) as e:
-        what = f"{path} is damaged (array {name!r} has impossible dtype, shape or place)"
-        raise CheckpointError(f"{what}; download it again") from e
-    return start, stop
+        return stat.S_ISDIR(os.stat(source).st_mode)
+    except FileNotFoundError as e:
+        what = "a link that leads nowhere" if os.path.islink(source) else "no such file or folder"
+        raise CheckpointError(f"{what}: {source}; give a checkpoint, or its folder") from e
+    except (OSError, ValueError) as e:  # ValueError: a NUL in the name
+        reason = getattr(e, "strerror", None) or e
+        raise CheckpointError(f"cannot read {source}: {reason}; give a checkpoint") from e
+
+
+def _read(path: Path, weights: str | None) -> tuple[dict[str, Entry], str | None]:
+    """Arrays of a file or an index by name, and which set of weights they are."""
+    kind = kind_of(path)
+    if kind == "torch":
+        return read_torch(path, weights)
+    if weights is not None:
+        raise CheckpointError(f"{path} is one set of weights, without {shown(weights)}; name none")
+    return (read_header(path) if kind == "safetensors" else read_index(path)), None
+
+
+def kind_of(path: Path) -> str:
+    """What a file is by its first bytes: "torch", "safetensors" or "json".
+
+    Raises: CheckpointError when it is something else, saying what.
+    """
+    with opened(path) as f:
+        head = f.read(HEAD)
+    if head.startswith(b"PK\3\4"):
+        return "torch"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.startswith(b"{") and b"\0" not in head:
+        return "json"
+    if head[8:9] == b"{" and (head[4:8] == bytes(4) or head[:4] == bytes(4)):
+        return "safetensors"  # the length of its header is a number of 8 bytes
+    what = sign(head) or "neither safetensors, nor a PyTorch file, nor an index; give one of them"
+    raise CheckpointError(f"{path} is {what}")
 
 
 def read_index(path: Path) -> dict[str, Entry]:
-    """The arrays of a sharded checkpoint; shards are plain files beside the index.
+    """The arrays of a sharded checkpoint; shards are files beside the index.
 
     Raises: CheckpointError for names that leave the folder, and when index and shards disagree.
     """
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{path} has no weight_map; it is not the index of a checkpoint")
-    entries = {}
-    for shard in sorted({str(s) for s in places.values()}):
-        if shard != Path(shard).name or "\\" in shard or shard in ("", ".", ".."):
-            raise CheckpointError(f"{path} names the file {shard!r}, which is not in its folder")
-        found = read_header(path.parent / shard)
+    if not all(isinstance(shard, str) for shard in places.values()):
+        raise CheckpointError(f"{path} is damaged (a shard without a name); download it again")
+    shards = sorted(set(places.values()))
+    if len(shards) > SHARDS_MAX:
+        raise CheckpointError(f"{path} names {len(shards)} files, more than {SHARDS_MAX}")
+    entries: dict[str, Entry] = {}
+    for shard in shards:
+        check_shard(path, shard)
+        found = _read_shard(path.parent / shard)
         if twice := entries.keys() & found.keys():
-            raise CheckpointError(f"{path}: array {min(twice)!r} is in two shards; keep one")
+            raise CheckpointError(f"{path}: array {shown(min(twice))} is in two shards; keep one")
         entries |= found
-    if entries.keys() != places.keys():
-        name = min(entries.keys() ^ places.keys())
-        raise CheckpointError(f"{path}: index and shards disagree on {name!r}; download them again")
+        if len(entries) > TENSORS_MAX:
+            raise CheckpointError(f"{path} has more than {TENSORS_MAX} arrays; is it a checkpoint?")
+        wrong = [n for n in found if places.get(n) != shard]
+        if wrong:
+            _disagree(path, min(wrong))
+    if missing := places.keys() - entries.keys():
+        _disagree(path, min(missing))
     return entries
 
 
-def find(source: Path) -> Path:
-    """The file to read for `source`: itself, or the one checkpoint in a folder.
+def _disagree(path: Path, name: str) -> None:
+    what = f"{path}: index and shards disagree on {shown(name)}"
+    raise CheckpointError(f"{what}; download them again")
 
-    Raises: CheckpointError when there is none, several, or one of a kind that is not read yet.
+
+def check_shard(path: Path, shard: str) -> None:
+    """Raises: CheckpointError unless a name in an index is the bare name of a file beside it."""
+    bare = shard.isprintable() and not set(shard) & set("/\\:") and shard not in ("", ".", "..")
+    if not bare or len(shard) > 255:
+        raise CheckpointError(f"{path} names the file {shown(shard)}, which is not in its folder")
+
+
+def _read_shard(path: Path) -> dict[str, Entry]:
+    kind = kind_of(path)
+    if kind == "json":
+        raise CheckpointError(f"{path} is an index and stands in one; give the shards themselves")
+    if kind == "safetensors":
+        return read_header(path)
+    entries, chosen = read_torch(path)
+    if chosen is not None:
+        raise CheckpointError(
+            f"{path} is a shard and holds a dict {shown(chosen)}; it must be flat"
+        )
+    return entries
+
+
+def unwrapped(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The arrays without what FSDP, DDP, checkpointing and torch.compile put into their names.
+
+    Wrappers go wherever they stand; `OUTER` goes where every name begins with it.
+    Raises: CheckpointError when two names become one.
     """
-    if source.is_dir():
-        found = sorted(source.glob(f"*{INDEX}")) or sorted(source.glob("*.safetensors"))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(p.name for p in found[:4])
-            raise CheckpointError(f"{source} holds {len(found)} checkpoints ({names}); name one")
-        if old := [p.name for p in sorted(source.iterdir()) if p.suffix in PICKLES]:
-            raise CheckpointError(f"{source} holds {old[0]}; {LATER.format('.pth files')}")
-        raise CheckpointError(f"{source} holds no .safetensors file; give one, or its folder")
-    if not source.is_file():
-        raise CheckpointError(f"no such file or folder: {source}; give a .safetensors file")
-    if source.suffix in PICKLES:
-        raise CheckpointError(f"{source} is a PyTorch file; {LATER.format('.pth files')}")
-    if source.name.endswith(INDEX) or source.suffix == ".safetensors":
-        return source
-    raise CheckpointError(f"{source} is neither .safetensors nor {INDEX}; give one of them")
-
-
-def open_checkpoint(source) -> tuple[Tensors, dict]:
-    """The arrays of a checkpoint, and the config.json beside it ({} without one).
-
-    source: a .safetensors file, a .safetensors.index.json, or a folder with one of them.
-    Raises: CheckpointError as `find`, `read_header` and `read_index`.
-    """
-    path = find(Path(source))
-    entries = read_index(path) if path.name.endswith(INDEX) else read_header(path)
-    if not entries:
-        raise CheckpointError(f"{path} holds no arrays; download it again")
-    config = path.parent / "config.json"
-    return Tensors(entries), read_json(config) if config.is_file() else {}
+    names = {name: WRAPPERS.sub("", name) for name in entries}
+    while common := [p for p in OUTER if all(n.startswith(p) and n != p for n in names.values())]:
+        names = {old: new.removeprefix(common[0]) for old, new in names.items()}
+    return renamed(dict(entries), names)

@@ -233,15 +233,10 @@ def convert(tensors: Mapping[str, np.ndarray], rules: Iterable[Rule], spec: dict
     """
     shapes = {name: tuple(tensors[name].shape) for name in tensors.keys()}
     plan = make_plan(shapes, rules, spec)
-    check_copies(plan, tensors)
-    return unflatten({place.path: place.array(tensors) for place in plan.places})
-
-
-def check_copies(plan: Plan, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises: CheckpointError when an array is not equal to the one that it repeats."""
     for name, other in plan.copies:
         if not np.array_equal(tensors[name], tensors[other]):
             raise CheckpointError(f"{name!r} and {other!r} must be equal and are not; keep one")
+    return unflatten({place.path: place.array(tensors) for place in plan.places})
 
 
 def sources_of(rules: Iterable[Rule], spec: dict) -> dict[str, tuple[Rule, int]]:

@@ -20,21 +20,13 @@ import numpy as np
 from lvjax.core.compat import enable_compilation_cache
 from lvjax.core.errors import InputError
 from lvjax.io.image import as_image, fit_image
-from lvjax.rollout.clipwise import pixel_frames
+from lvjax.rollout.condition import pixel_frames
 from lvjax.run import plan as plans
 from lvjax.run.bundle import Bundle, load
+from lvjax.run.defaults import Defaults
 from lvjax.run.job import enlarge
-from lvjax.run.session import (
-    MAX_SIDE,
-    ClipResult,
-    Request,
-    Session,
-    check_settings,
-    check_size,
-    frame_count,
-    open_session,
-    spread,
-)
+from lvjax.run.request import MAX_SIDE, Request, check_size, frame_count, spread
+from lvjax.run.session import ClipResult, Session, check_settings, open_session, span
 
 __all__ = ["Bundle", "ClipResult", "Options", "Video", "generate", "load", "prepare", "stream"]
 
@@ -78,7 +70,7 @@ NUMBERS = (
         numbers.Integral,
         "a whole number",
     ),
-    (("seconds", "guidance_scale"), numbers.Real, "a number"),
+    (("seconds", "guidance_scale", "guidance_scale_2", "strength"), numbers.Real, "a number"),
 )
 
 
@@ -89,24 +81,30 @@ class Options:
     negative_prompt: what guidance leads away from.
     image: the first frame, fitted to the size: uint8 [H, W, 3], floating point [H, W, 3] in [0, 1],
       or a PIL image.  video: frames to be continued, [P, H, W, 3] or a list, each as `image` may
-      be.  Not both.
+      be, or to be changed by models that make a video of a video.  Not both.
+    last_image: the picture to end with, for models that go from one to another.
+    strength: how much of a video is changed, above 0 to 1, for models that make one of another.
     num_frames (1 + 4m) or seconds; the default is one clip of 17 frames.
     height, width: multiples of the model's unit (64 x 64 for the pocket model by default).
-    guidance_scale: 1 means no guidance.  num_inference_steps: of the sampler; T-RFlow stops before
-      the last.
+    guidance_scale: 1 means no guidance.  guidance_scale_2: that of the low-noise expert of models
+      with two.  num_inference_steps: of the sampler; T-RFlow stops before the last.
+    method: a name in `lvjax.methods.METHODS`; None for the model's own.
     seed: 0 to 2**32 - 1; or key: one typed JAX key, `jax.random.key(0)` being seed 0.
     """
 
     negative_prompt: str | None = None
     image: Any = None
     video: Any = None
+    last_image: Any = None
+    strength: float | None = None
     num_frames: int | None = None
     seconds: float | None = None
     height: int | None = None
     width: int | None = None
     guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
     num_inference_steps: int | None = None
-    method: str = "error_free"
+    method: str | None = None
     seed: int | None = None
     key: Any = None
 
@@ -128,7 +126,7 @@ class Options:
                     raise InputError(f"{name} is too large; give {words}") from e
         for name in ("negative_prompt", "method"):
             value = getattr(self, name)
-            if not isinstance(value, str) and (value is not None or name == "method"):
+            if value is not None and not isinstance(value, str):
                 raise InputError(f"{name} is {value!r}; give text")
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed}; give a number from 0 to {2**32 - 1}")
@@ -167,18 +165,22 @@ def prepare(bundle: Bundle, prompt, **options) -> Session:
     frames = pixel_frames(d.clip_latents) if o.num_frames is None else o.num_frames
     if o.seconds is not None:
         frames = frame_count(o.seconds, d.fps)
-    start, notices = _start_frames(o, check_size(size, bundle), pixel_frames(d.overlap))
     request = Request(
         tuple(_timeline(p, frames, d.fps) for p in _rows(prompt)),
         frames,
-        o.negative_prompt or "",
-        start,
-        size,
-        o.num_inference_steps,
-        o.guidance_scale,
-        o.seed or 0,
-        o.method,
+        negative=o.negative_prompt,
+        size=check_size(size, bundle),
+        steps=o.num_inference_steps,
+        guidance=_guidance(o, d),
+        seed=o.seed or 0,
+        method=o.method,
+        strength=o.strength,
     )
+    start, notices = _start_frames(o, size, span(bundle, request))
+    last, more = (None, []) if o.last_image is None else as_image(o.last_image, "the last image")
+    last = None if last is None else fit_image(last, size)
+    request = dataclasses.replace(request, start=start, last=last)
+    notices = dict.fromkeys([*notices, *more])
     check_settings(bundle, request)
     work = plans.work_of(request, bundle)
     plans.check_memory(plans.make_plan(bundle, work), bundle, work)
@@ -187,9 +189,17 @@ def prepare(bundle: Bundle, prompt, **options) -> Session:
     return session if o.key is None else session.with_key(o.key)
 
 
-def _start_frames(o: Options, size: tuple[int, int], most: int):
-    """The picture, or the last `most` frames of the video, as the run starts from them: float32
-    [H, W, 3] or [P, H, W, 3] in [-1, 1], None for nothing; and notices.
+def _guidance(o: Options, d: Defaults):
+    """The guidance of a request: one number, or (low noise, high noise)."""
+    if o.guidance_scale_2 is None:
+        return o.guidance_scale
+    own = d.guidance[1] if isinstance(d.guidance, tuple) else d.guidance
+    return o.guidance_scale_2, own if o.guidance_scale is None else o.guidance_scale
+
+
+def _start_frames(o: Options, size: tuple[int, int], used: tuple[str, int]):
+    """The picture, or the "first" or "last" so many frames of the video, as the run starts from
+    them: float32 [H, W, 3] or [P, H, W, 3] in [-1, 1], None for nothing; and notices.
     """
     if o.image is not None:
         image, notices = as_image(o.image)
@@ -202,10 +212,12 @@ def _start_frames(o: Options, size: tuple[int, int], most: int):
             f"video is {type(o.video).__name__} without frames; give [P, H, W, 3] with P >= 1, or "
             "a list of pictures"
         )
-    first = max(0, len(o.video) - most)
-    used = [as_image(f, f"video frame {i}") for i, f in enumerate(o.video[first:], first)]
-    notices = dict.fromkeys(notice for _, notices in used for notice in notices)
-    return np.stack([fit_image(f, size) for f, _ in used]), list(notices)
+    end, most = used
+    first = max(0, len(o.video) - most) if end == "last" else 0
+    chosen = o.video[first : first + most]
+    found = [as_image(f, f"video frame {i}") for i, f in enumerate(chosen, first)]
+    notices = dict.fromkeys(notice for _, notices in found for notice in notices)
+    return np.stack([fit_image(f, size) for f, _ in found]), list(notices)
 
 
 def stream(bundle: Bundle, prompt, **options) -> Iterator[ClipResult]:

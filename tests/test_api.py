@@ -155,7 +155,7 @@ def test_a_video_is_saved_by_a_row_and_a_size_that_are_there(tmp_path, options):
 
 
 def test_a_negative_prompt_may_be_none(start):
-    assert lvjax.prepare(EMPTY, PROMPT, negative_prompt=None).request.negative == ""
+    assert lvjax.prepare(EMPTY, PROMPT, negative_prompt=None).request.negative is None
 
 
 def test_numbers_of_numpy_are_numbers(start):

@@ -33,9 +33,9 @@ BESIDE = {("memory", "nn")}  # the one pair on a floor of which one may use the 
 NUMERIC = {"jax", "flax", "optax", "orbax", "einops", "numpy", "safetensors", "ml_dtypes"}
 FILES = {"av", "PIL"}  # pictures and video
 PACKAGES = {
-    "data": NUMERIC | {"PIL", "tensorflow_datasets"},
+    "data": NUMERIC | {"PIL", "tensorflow_datasets", "tokenizers", "ftfy"},
     "io": NUMERIC | FILES,
-    "run": NUMERIC | {"PIL"},
+    "run": NUMERIC | {"PIL", "checkpoints_convert"},
     "lab": NUMERIC | {"PIL"},
     "api": NUMERIC | FILES,
     "cli": NUMERIC | FILES | {"ml_collections", "tqdm", "checkpoints_convert"},

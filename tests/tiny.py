@@ -3,6 +3,8 @@
 are apart.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -10,7 +12,8 @@ from lvjax.core.params import init
 from lvjax.data.prompts import VOCABULARY
 from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.pocket_text import PocketTextConfig
-from lvjax.run.bundle import Bundle, Defaults, specs
+from lvjax.run.bundle import Bundle, specs
+from lvjax.run.defaults import Defaults
 
 DIT = DiTConfig(
     32,
@@ -45,11 +48,13 @@ DEFAULTS = Defaults(size=(16, 16), steps=4, upscale=2)
 
 def tiny_bundle() -> Bundle:
     """Random weights; the head is damped, so that rounding does not grow along a rollout."""
-    parts = specs(DIT, VAE, TEXT)
+    outline = Bundle("tiny", DIT, VAE, TEXT, DEFAULTS, {})
+    parts = specs(outline)
     params = {k: init(s, jax.random.key(i)) for i, (k, s) in enumerate(parts.items())}
     head = params["dit"]["head"]["linear"]
     head["kernel"] = 0.05 * jax.random.normal(jax.random.key(9), head["kernel"].shape)
-    return Bundle("tiny", DIT, VAE, TEXT, DEFAULTS, params, {k: "0" * 64 for k in parts})
+    hashes = {k: "0" * 64 for k in parts}
+    return dataclasses.replace(outline, params=params, hashes=hashes)
 
 
 def relative(a, b) -> float:

@@ -5,6 +5,7 @@ Owns: what these commands print, and the exit code of a run that a signal ended.
 plan's arithmetic (run/plan.py), making and saving clips (run/job.py).
 """
 
+import dataclasses
 import os
 import resource
 import sys
@@ -17,12 +18,15 @@ from tqdm import tqdm
 
 from lvjax.core.errors import InputError, one_line
 from lvjax.core.signals import stoppable
+from lvjax.models.umt5 import UMT5Config
 from lvjax.run import card as cards
 from lvjax.run import job
 from lvjax.run import plan as plans
-from lvjax.run.bundle import Bundle
+from lvjax.run.bundle import Bundle, load
+from lvjax.run.encoders import encode_prompts, load_embeddings
 from lvjax.run.job import Progress
-from lvjax.run.session import MAX_SIDE, Request
+from lvjax.run.request import MAX_SIDE, Request
+from lvjax.run.session import texts_of
 
 
 def check_start(output: Path, rows: int) -> None:
@@ -97,6 +101,19 @@ def note_differences(card: dict, options: dict, bundle: Bundle) -> dict:
     for line in cards.differences(card, now):
         note(f"{line}; the video may differ")
     return now
+
+
+def load_model(model: str, sizes: Bundle, request: Request, embeddings: str | None) -> Bundle:
+    """A model with its weights and the defaults of `sizes`.
+
+    Prompts pass through a large text encoder before the weights are read, so that the two are never
+    in memory together.  embeddings: a file of prompts that were read before.
+    """
+    known = {} if embeddings is None else load_embeddings(embeddings)
+    if isinstance(sizes.text, UMT5Config):
+        missing = [text for text in texts_of(sizes, request) if text not in known]
+        known |= encode_prompts(sizes, missing) if missing else {}
+    return dataclasses.replace(load(model), defaults=sizes.defaults, embeddings=known)
 
 
 def finish(bundle: Bundle, output: Path, quiet: bool) -> int:

@@ -17,11 +17,13 @@ from lvjax.core.errors import CheckpointError, InputError
 from lvjax.io.image import fit_image, read_image
 from lvjax.io.video import read_video
 from lvjax.methods import METHODS
-from lvjax.rollout.clipwise import pixel_frames
 from lvjax.run import card as cards
 from lvjax.run import job, lock
-from lvjax.run.bundle import Bundle, Defaults, load, outline
-from lvjax.run.session import Request, check_frames, check_settings, check_size, frame_count, spread
+from lvjax.run.bundle import Bundle, outline
+from lvjax.run.defaults import Defaults
+from lvjax.run.presets import SIZES
+from lvjax.run.request import Request, check_frames, check_size, frame_count, spread
+from lvjax.run.session import check_settings, span
 
 TEXT, WHOLE, NUMBER = (str, "text"), (int, "a whole number"), (int | float, "a number")
 OPTIONS: dict[str, tuple[Any, str]] = {
@@ -31,17 +33,23 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "num_videos": WHOLE,
     "negative_prompt": TEXT,
     "image": TEXT,
+    "last_image": TEXT,
     "video": TEXT,
+    "strength": NUMBER,
+    "embeddings": TEXT,
     "seconds": NUMBER,
     "frames": WHOLE,
     "size": TEXT,
     "steps": WHOLE,
-    "guidance": NUMBER,
+    "guidance": (str | int | float | list | tuple, "a number, or two: low noise, high noise"),
     "seed": WHOLE,
     "method": TEXT,
     "model": TEXT,
 }
 """Settings of a video, on the command line and in a config: type, and the same in words."""
+
+INPUTS = ("image", "last_image", "video", "embeddings")
+"""Settings that are files, whose hashes the card holds."""
 
 ALTERNATIVES = (("prompt", "timeline", "prompt_file"), ("seconds", "frames"), ("image", "video"))
 SECONDS = 5.0
@@ -65,18 +73,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-videos", type=int, help="videos per prompt, with different noise (default: 1)")
     add("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
     add("--image", metavar="FILE", help="the first frame")
-    add("--video", metavar="FILE", help="a video to continue")
+    add("--last-image", metavar="FILE", help="the last frame, for models that go to one")
+    add("--video", metavar="FILE", help="a video to continue, or to make another one of")
+    add("--strength", type=float, help="how much of --video is changed, above 0 to 1")
+    add(
+        "--embeddings",
+        metavar="FILE",
+        help="prompts that `lvjax encode` has read before; no text encoder is needed then",
+    )
     add(
         "--seconds",
         type=float,
         help=f"length; gives 1 + 4·round(s·fps/4) frames (default: {SECONDS:g})",
     )
     add("--frames", type=int, help="length in frames, 1 + 4m")
-    add("--size", metavar="WxH", help="picture size of the model's own frames, for example 64x64")
+    add("--size", metavar="WxH", help=f"picture size, for example 64x64, or {', '.join(SIZES)}")
     add("--steps", type=int, help="sampler steps")
-    add("--guidance", type=float, help="guidance scale; 1 is none")
+    add("--guidance", metavar="G", help="guidance scale, 1 is none; LOW,HIGH for two experts")
     add("--seed", type=int, help="default: 0")
-    add("--method", choices=sorted(METHODS), help="default: error_free")
+    add("--method", choices=sorted(METHODS), help="default: the model's own")
     add("--model", help='"pocket" (default) or a folder')
     add("--config", help="a config file or name with any of these settings")
     add(
@@ -112,7 +127,7 @@ def _start(args, options: dict, output: Path) -> int:
         drive.announce(sizes, request, output, args.quiet)
         for notice in notices:
             drive.note(notice)
-        bundle = dataclasses.replace(load(model), defaults=sizes.defaults)
+        bundle = drive.load_model(model, sizes, request, options["embeddings"])
         card = _card(request, bundle, model, options)
         for notice in job.start(bundle, request, output, card):
             drive.note(notice)
@@ -151,7 +166,7 @@ def _resume(args, options: dict, output: Path) -> int | None:
         _check_saved(sizes, request, output)
         cards.check_place(output)
         drive.announce(sizes, request, output, args.quiet, job.position(output)[0])
-        bundle = dataclasses.replace(load(model), defaults=sizes.defaults)
+        bundle = drive.load_model(model, sizes, request, options["embeddings"])
         if card["weights"] != bundle.hashes:
             raise InputError(
                 f"the run was begun with other weights than those of {model}; give the folder that "
@@ -195,7 +210,7 @@ def _given(args) -> bool:
 
 def _card(request: Request, bundle: Bundle, model: str, options: dict) -> dict:
     """The card of a run with these settings; without weights for an outline."""
-    inputs = {k: cards.file_hash(options[k]) for k in ("image", "video") if options[k] is not None}
+    inputs = {k: cards.file_hash(options[k]) for k in INPUTS if options[k] is not None}
     settings = job.options_of(request, bundle, model)
     return cards.make_card(settings, weights=bundle.hashes, inputs=inputs)
 
@@ -250,7 +265,6 @@ def make_request(bundle: Bundle, options: dict) -> tuple[Request, list[str]]:
     )
     size = d.size if options.get("size") is None else _size(options["size"])
     check_size(size, bundle)
-    start, notices = _start_frames(options, size, d)
     count = 1 if options.get("num_videos") is None else options["num_videos"]
     if count < 1:
         raise InputError(f"--num-videos is {count}; give 1 or more")
@@ -264,33 +278,59 @@ def make_request(bundle: Bundle, options: dict) -> tuple[Request, list[str]]:
     request = Request(
         tuple(rows),
         frames,
-        options.get("negative_prompt") or "",
-        start,
-        size,
-        options.get("steps"),
-        options.get("guidance"),
-        options.get("seed") or 0,
-        options.get("method") or "error_free",
+        negative=options.get("negative_prompt"),
+        size=size,
+        steps=options.get("steps"),
+        guidance=_guidance(options.get("guidance")),
+        seed=options.get("seed") or 0,
+        method=options.get("method"),
+        strength=options.get("strength"),
     )
+    start, notices = _start_frames(options, size, d.fps, span(bundle, request))
+    last = None
+    if options.get("last_image") is not None:
+        image, more = read_image(options["last_image"])
+        last, notices = fit_image(image, size), list(dict.fromkeys([*notices, *more]))
+    request = dataclasses.replace(request, start=start, last=last)
     check_settings(bundle, request)
     return request, notices
 
 
 def _size(text: str) -> tuple[int, int]:
-    """ "WxH" -> (height, width)."""
+    """ "WxH", or a name, -> (height, width)."""
+    if text in SIZES:
+        return SIZES[text]
     found = re.fullmatch(r"(\d{1,6})[x×](\d{1,6})", str(text).strip())
     if not found:
-        raise InputError(f"--size is {text!r}; write WIDTHxHEIGHT, for example 64x64")
+        raise InputError(
+            f"--size is {text!r}; write WIDTHxHEIGHT, for example 64x64, or one of "
+            f"{', '.join(SIZES)}"
+        )
     return int(found[2]), int(found[1])
 
 
-def _start_frames(options: dict, size: tuple[int, int], d: Defaults):
+def _guidance(given):
+    """A number, or two for (low noise, high noise)."""
+    parts = str(given).split(",") if not isinstance(given, (list, tuple)) else given
+    if given is None:
+        return None
+    try:
+        scales = tuple(float(part) for part in parts)
+    except (TypeError, ValueError):
+        scales = ()
+    if len(scales) not in (1, 2):
+        raise InputError(f"--guidance is {given!r}; give a number, or LOW,HIGH for two experts")
+    return scales[0] if len(scales) == 1 else scales
+
+
+def _start_frames(options: dict, size: tuple[int, int], fps: int, used: tuple[str, int]):
     """Start frames in [-1, 1], of 8 bits as the card holds them; and notices."""
     if options.get("image") is not None:
         image, notices = read_image(options["image"])
         frames = fit_image(image, size)[None]
     elif options.get("video") is not None:
-        video, _ = read_video(options["video"], fps=d.fps, max_frames=pixel_frames(d.overlap))
+        which = {"last": "max_frames", "first": "first"}[used[0]]
+        video, _ = read_video(options["video"], fps=fps, **{which: used[1]})
         frames, notices = np.stack([fit_image(f, size) for f in video]), []
     else:
         return None, []

@@ -32,7 +32,7 @@ def run(args) -> int:
         print(f"device    {d.platform}:{d.id} {d.device_kind}")
     print("methods   " + " · ".join(sorted(METHODS)))
     bundle = bundles.load(args.model)
-    sizes = bundles.specs(bundle.dit, bundle.vae, bundle.text)
+    sizes = bundles.specs(bundle)
     print(
         f"model     {bundle.name}: "
         + " · ".join(f"{k} {count(s) / 1e6:.1f} M parameters" for k, s in sizes.items())

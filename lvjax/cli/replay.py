@@ -9,7 +9,6 @@ the plan says before anything starts.
 """
 
 import argparse
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from lvjax.io.video import FragmentedWriter, read_card
 from lvjax.run import card as cards
 from lvjax.run import job, lock
 from lvjax.run import plan as plans
-from lvjax.run.bundle import Bundle, load, outline
-from lvjax.run.session import Request, check_settings, open_session
+from lvjax.run.bundle import Bundle, outline
+from lvjax.run.request import Request
+from lvjax.run.session import check_settings, open_session
 from lvjax.run.state import chain
 
 
@@ -50,7 +50,7 @@ def run(args) -> int:
     with lock.hold({output, *job.outputs(output, rows)}):
         drive.check_output(output, rows, args.overwrite)
         drive.announce(sizes, request, output, args.quiet)
-        bundle = dataclasses.replace(load(model), defaults=sizes.defaults)
+        bundle = drive.load_model(model, sizes, request, None)
         now = drive.note_differences(card, card["options"] | {"model": model}, bundle)
         if alone:
             return _one_of_batch(bundle, request, row, output, now, args.quiet)

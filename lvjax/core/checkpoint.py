@@ -1,45 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arrays on disk: one safetensors file with a crc32 per array, written atomically.
 
-Owns: saving and loading flat dicts of arrays (weights, run states, training snapshots).
+Owns: saving and loading flat dicts of arrays (weights, run states, training snapshots), and the
+format of the file.
 Does not own: what the arrays mean, or reading other people's checkpoints (checkpoints_convert).
 """
 
 import json
+import math
 import os
 import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
-import ml_dtypes
 import numpy as np
-from safetensors.numpy import save as st_save
 
+from lvjax.core.dtypes import DTYPES, NAMES
 from lvjax.core.errors import CheckpointError, StorageError
 
-DTYPES = {
-    "BOOL": np.bool_,
-    "U8": np.uint8,
-    "I8": np.int8,
-    "U16": np.uint16,
-    "I16": np.int16,
-    "U32": np.uint32,
-    "I32": np.int32,
-    "U64": np.uint64,
-    "I64": np.int64,
-    "F16": np.float16,
-    "F32": np.float32,
-    "F64": np.float64,
-    "C64": np.complex64,
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-}
+HEADER_MAX = 100_000_000  # bytes
+BLOCK = 1 << 24  # bytes read at once where nothing is kept
+OLD, FORMAT = "lvjax-arrays/1", "lvjax-arrays/2"  # the old one has no checksum of its header
+HOLE = '"header_crc32":"00000000"'
 
 
-def write_atomic(path, data: bytes) -> None:
-    """Write `data` to a temporary file beside `path`, sync it, and rename it into place.
+@contextmanager
+def atomic(path):
+    """A file open for writing beside `path`, which is synced and renamed into place in the end.
 
     Raises: StorageError (full disk, no permission) with the path; the old file, if any, stays.
     """
@@ -47,7 +38,7 @@ def write_atomic(path, data: bytes) -> None:
     tmp = path.with_name(f".{path.name}.tmp")  # one name: what a kill leaves is written over
     try:
         with open(tmp, "wb") as f:
-            f.write(data)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
@@ -59,31 +50,183 @@ def write_atomic(path, data: bytes) -> None:
         ) from e
 
 
+def write_atomic(path, data: bytes) -> None:
+    """Write a small file, as `atomic`."""
+    with atomic(path) as f:
+        f.write(data)
+
+
+def raw(a: np.ndarray) -> memoryview:
+    """The bytes of an array, without a copy where it is contiguous."""
+    return np.ascontiguousarray(a).reshape(-1).view(np.uint8).data
+
+
 def checksum(a: np.ndarray) -> int:
     """crc32 of the bytes of an array."""
-    return zlib.crc32(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data)
+    return zlib.crc32(raw(a))
+
+
+def file_layout(kinds: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> dict[str, dict]:
+    """Arrays laid one after another as safetensors describes them, the widest types first, so that
+    each is aligned.  kinds: {name: (dtype, shape)}.
+    """
+    layout, end = {}, 0
+    for name in sorted(kinds, key=lambda n: (-kinds[n][0].itemsize, n)):
+        dtype, shape = kinds[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        layout[name] = {
+            "dtype": NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+    return layout
+
+
+def file_header(layout: dict[str, dict], meta: dict, crc: dict[str, int]) -> bytes:
+    """The first bytes of a file.  Their number depends on the layout and the meta alone, so that
+    the checksums can be filled in when the arrays are written.
+    """
+    text = json.dumps(meta, sort_keys=True)
+    # "pt" is what other programs ask for before they read a file
+    head = {"format": "pt", "lvjax": FORMAT, "meta": text, "crc32": "", "header_crc32": "0" * 8}
+    head["crc32"] = json.dumps({name: f"{crc[name]:08x}" for name in layout})
+    body = json.dumps({"__metadata__": head} | layout, separators=(",", ":")).encode()
+    body += b" " * (-len(body) % 8)
+    assert body.count(HOLE.encode()) == 1
+    own = HOLE.replace("0" * 8, f"{zlib.crc32(body):08x}")
+    return len(body).to_bytes(8, "little") + body.replace(HOLE.encode(), own.encode())
 
 
 def save_arrays(path, arrays: dict[str, np.ndarray], meta: dict | None = None) -> None:
     """Save a flat dict of arrays and JSON-able `meta` into one file, atomically, with a checksum
-    per array and of the meta.
+    per array and one of the header.
     """
     arrays = {k: np.asarray(v, order="C") for k, v in arrays.items()}
-    text = json.dumps(meta or {}, sort_keys=True)
-    crc = {k: checksum(v) for k, v in arrays.items()}
-    head = {
-        "format": "lvjax-arrays/1",
-        "meta": text,
-        "meta_crc32": str(zlib.crc32(text.encode())),
-        "crc32": json.dumps(crc, sort_keys=True),
-    }
-    write_atomic(path, st_save(arrays, metadata=head))
+    layout = file_layout({k: (a.dtype, a.shape) for k, a in arrays.items()})
+    crc = {k: checksum(a) for k, a in arrays.items()}
+    with atomic(path) as f:
+        f.write(file_header(layout, meta or {}, crc))
+        for name in layout:
+            f.write(raw(arrays[name]))
 
 
-def _array(entry: dict, body: memoryview) -> np.ndarray:
-    """One array of a safetensors body; safetensors' own numpy loader has no bfloat16 or float8."""
-    start, end = entry["data_offsets"]
-    return np.frombuffer(body[start:end], DTYPES[entry["dtype"]]).reshape(entry["shape"])
+class Slot(NamedTuple):
+    """Where an array lies: its type, shape and crc32, and the pieces of files that are its bytes,
+    in order, as (file, first byte, bytes).
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    crc: int
+    pieces: tuple[tuple[Path, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Stored(Mapping):
+    """Arrays with checksums on disk; each is read, and checked, when it is asked for.
+
+    path: of the file, or of the folder (orbax_layout.py).  meta: what was saved beside the arrays.
+    """
+
+    path: Path
+    slots: dict[str, Slot]
+    meta: dict
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Raises: CheckpointError naming the array whose checksum does not match."""
+        slot = self.slots[name]
+        out = np.empty(slot.shape, slot.dtype)
+        self._read(name, 0, raw(out))
+        self.compare({name: zlib.crc32(raw(out))})
+        return out
+
+    def layer(self, name: str, index: int) -> np.ndarray:
+        """One slice along the first axis.  Only the whole array has a checksum: see `layers`."""
+        slot = self.slots[name]
+        out = np.empty(slot.shape[1:], slot.dtype)
+        self._read(name, index * out.nbytes, raw(out))
+        return out
+
+    def check(self, names: Iterable[str] | None = None) -> None:
+        """Compare checksums, of all arrays or of some, in flat memory.
+
+        Raises: CheckpointError naming the first array that does not match.
+        """
+        block = memoryview(bytearray(BLOCK))
+        for name in self.slots if names is None else names:
+            slot, crc = self.slots[name], 0
+            left = math.prod(slot.shape) * slot.dtype.itemsize
+            for at in range(0, left, BLOCK):
+                part = block[: min(BLOCK, left - at)]
+                self._read(name, at, part)
+                crc = zlib.crc32(part, crc)
+            self.compare({name: crc})
+
+    def compare(self, crc: dict[str, int]) -> None:
+        """Raises: CheckpointError naming the first array whose checksum is another."""
+        for name, found in crc.items():
+            if found != self.slots[name].crc:
+                raise CheckpointError(
+                    f"{self.path}: array {name!r} does not match its checksum; restore the file "
+                    "from its source"
+                )
+
+    def _read(self, name: str, at: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of an array from byte `at` on."""
+        done = 0
+        for file, start, size in self.slots[name].pieces:
+            skip, at = min(at, size), max(0, at - size)
+            part = out[done : done + size - skip]
+            if part:
+                with readable(self.path), open(file, "rb") as f:
+                    f.seek(start + skip)
+                    if f.readinto(part) != len(part):
+                        raise ValueError("it is cut short")
+            done += len(part)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.slots)
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+
+def layers(stored, prefix: str) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays below "prefix/", slice by slice along their first axis: {path below: slice}.
+
+    stored: a `Stored`, or what has its methods.  Only one slice is held; the checksums are compared
+    after the last.
+    Raises: CheckpointError naming the array that does not match.
+    """
+    names = [name for name in stored if name.startswith(f"{prefix}/")]
+    crc = dict.fromkeys(names, 0)
+    for index in range(stored.slots[names[0]].shape[0]):
+        found = {name: stored.layer(name, index) for name in names}
+        crc = {name: zlib.crc32(raw(array), crc[name]) for name, array in found.items()}
+        yield {name.removeprefix(f"{prefix}/"): array for name, array in found.items()}
+    stored.compare(crc)
+
+
+def open_arrays(path) -> Stored:
+    """Open what `save_arrays` wrote; no array is read.
+
+    Raises: CheckpointError naming the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no such file: {path}; give the path of a saved lvjax file")
+    with readable(path), open(path, "rb") as f:
+        layout, crc, meta = _header(path, f)
+        begin, end, slots = f.tell(), os.fstat(f.fileno()).st_size, {}
+        if set(crc) != set(layout):
+            raise ValueError("its list of arrays does not match its header")
+        for name, entry in layout.items():
+            dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
+            start, stop = entry["data_offsets"]
+            if stop - start != math.prod(shape) * dtype.itemsize or begin + stop > end:
+                raise ValueError(f"array {name!r} is cut short")
+            slots[name] = Slot(dtype, shape, crc[name], ((path, begin + start, stop - start),))
+    return Stored(path, slots, meta)
 
 
 def load_arrays(path) -> tuple[dict[str, np.ndarray], dict]:
@@ -91,22 +234,8 @@ def load_arrays(path) -> tuple[dict[str, np.ndarray], dict]:
 
     Raises: CheckpointError naming the file, and the array whose checksum does not match.
     """
-    with _opened(path) as f:
-        layout, crc, meta = _header(path, f)
-        body = memoryview(f.read())
-        arrays = {k: _array(entry, body) for k, entry in layout.items()}
-    if set(crc) != set(arrays):
-        raise CheckpointError(
-            f"{path}: the list of arrays does not match its header; restore the file from its "
-            "source"
-        )
-    for name, a in arrays.items():
-        if checksum(a) != crc[name]:
-            raise CheckpointError(
-                f"{path}: array {name!r} does not match its checksum; restore the file from its "
-                "source"
-            )
-    return arrays, meta
+    stored = open_arrays(path)
+    return dict(stored), stored.meta
 
 
 def load_meta(path) -> dict:
@@ -114,17 +243,14 @@ def load_meta(path) -> dict:
 
     Raises: CheckpointError naming the file.
     """
-    with _opened(path) as f:
-        return _header(path, f)[2]
+    return open_arrays(path).meta
 
 
 @contextmanager
-def _opened(path):
-    if not Path(path).is_file():
-        raise CheckpointError(f"no such file: {path}; give the path of a saved lvjax file")
+def readable(path):
+    """Whatever goes wrong while `path` is read is a CheckpointError."""
     try:
-        with open(path, "rb") as f:
-            yield f
+        yield
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as e:
         raise CheckpointError(
             f"{path} is not a readable lvjax file ({type(e).__name__}); restore it from its source"
@@ -134,15 +260,24 @@ def _opened(path):
 def _header(path, f) -> tuple[dict, dict[str, int], dict]:
     """The layout of the arrays, their checksums and the meta; `f` is then at the first array."""
     size = int.from_bytes(f.read(8), "little")
-    if size > os.fstat(f.fileno()).st_size:
+    if size > min(os.fstat(f.fileno()).st_size, HEADER_MAX):
         raise ValueError("the header ends behind the file")
-    layout = json.loads(f.read(size))
+    text = f.read(size)
+    layout = json.loads(text)
     head = layout.pop("__metadata__")
-    if str(zlib.crc32(head["meta"].encode())) != head.get("meta_crc32"):
+    crc = json.loads(head["crc32"])
+    if head["format"] == OLD:
+        sound = str(zlib.crc32(head["meta"].encode())) == head.get("meta_crc32")
+    else:
+        crc = {name: int(value, 16) for name, value in crc.items()}
+        own = HOLE.replace("0" * 8, head["header_crc32"])
+        sound = head["lvjax"] == FORMAT
+        sound = sound and f"{zlib.crc32(text.replace(own.encode(), HOLE.encode())):08x}" in own
+    if not sound:
         raise CheckpointError(
             f"{path}: the metadata does not match its checksum; restore the file from its source"
         )
-    return layout, json.loads(head["crc32"]), json.loads(head["meta"])
+    return layout, crc, json.loads(head["meta"])
 
 
 def tree_arrays(tree) -> dict[str, np.ndarray]:

@@ -12,6 +12,12 @@ def doubled(tree):
     return jax.tree.map(lambda a: jnp.concatenate([a, a], axis=0), tree)
 
 
+def per_pass(tree, scale: float | None):
+    """What a velocity under `guided` sees of a tree of batch B: doubled, or as it is without
+    guidance."""
+    return tree if scale is None else doubled(tree)
+
+
 def combine(v, scale):
     """v_u + scale (v_c - v_u) in float32; v [2B, ...] with the conditional rows first; returns [B,
     ...]."""

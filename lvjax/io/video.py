@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import islice
 from numbers import Rational
 from pathlib import Path
 
@@ -308,11 +309,14 @@ def _rgb(frame: av.VideoFrame, size: tuple[int, int], convert: VideoReformatter)
     return np.rot90(turned.to_ndarray(), round(frame.rotation / 90) % 4)
 
 
-def read_video(path, fps=None, max_frames: int | None = None) -> tuple[np.ndarray, float]:
+def read_video(
+    path, fps=None, max_frames: int | None = None, first: int | None = None
+) -> tuple[np.ndarray, float]:
     """The frames of a video in any container that FFmpeg reads, at a constant rate.
 
     fps: rate to resample to (None: the video's own average); max_frames: keep only the last so many
-    (None: all).  The video is streamed; only kept frames are converted.
+    (None: all); first: read no more than so many.  The video is streamed; only kept frames are
+    converted.
     Returns: (uint8 [P,H,W,3], frames/s), rotation and non-square pixels applied.
     Raises: InputError when the file cannot be read or has no frames.
     """
@@ -328,7 +332,8 @@ def read_video(path, fps=None, max_frames: int | None = None) -> tuple[np.ndarra
         stream.thread_type = "AUTO"
         own = min(stream.average_rate or stream.guessed_rate or Fraction(25), Fraction(240))
         rate = _as_rate(own) if rate is None else rate
-        frames = deque(_steady(_timed(container, stream), rate, 1 / own, max_frames), max_frames)
+        steady = _steady(_timed(container, stream), rate, 1 / own, max_frames)
+        frames = deque(islice(steady, first), max_frames)
         if not frames:
             raise InputError(f"{path} has no frames that can be decoded; give another video")
         aspect = stream.sample_aspect_ratio or Fraction(1)

@@ -27,7 +27,8 @@ from lvjax.data.world import SIZE, Video, combinations
 from lvjax.models.vae import decode, encode
 from lvjax.run.bundle import Bundle, load, specs
 from lvjax.run.card import versions
-from lvjax.run.session import Request, open_session, to_uint8
+from lvjax.run.request import Request
+from lvjax.run.session import open_session, to_uint8
 
 CLIP = 17
 BATCH = 20
@@ -166,9 +167,7 @@ def continuation(bundle: Bundle, count: int, seed: int) -> dict[str, float]:
 
 def untrained(bundle: Bundle) -> Bundle:
     """The same model with its DiT and text encoder as `init` draws them."""
-    fresh = {
-        k: init(s, jax.random.key(0)) for k, s in specs(bundle.dit, bundle.vae, bundle.text).items()
-    }
+    fresh = {k: init(s, jax.random.key(0)) for k, s in specs(bundle).items()}
     return dataclasses.replace(bundle, params=fresh | {"vae": bundle.params["vae"]})
 
 

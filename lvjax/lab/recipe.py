@@ -8,7 +8,7 @@ from lvjax.data.clips import CLIP_FRAMES
 from lvjax.data.prompts import VOCABULARY
 from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.pocket_text import PocketTextConfig
-from lvjax.run.bundle import Defaults
+from lvjax.run.defaults import Defaults
 from lvjax.train.extension import ExtensionTask
 from lvjax.train.loop import TrainOptions
 

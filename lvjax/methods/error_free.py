@@ -19,7 +19,8 @@ from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.dit import dit
 from lvjax.models.vae import decode, encode
 from lvjax.nn.rope import grid_table
-from lvjax.rollout.clipwise import MASK, POSITIONS, ClipModel, Knobs, clipwise
+from lvjax.rollout.clipwise import POSITIONS, ClipModel, Knobs, clipwise
+from lvjax.rollout.condition import MASK
 from lvjax.rollout.method import Method
 
 

@@ -16,6 +16,22 @@ WAN_VAE_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
+WAN_VAE_2_2_MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+    -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+    -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+    -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+    0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)  # fmt: skip
+WAN_VAE_2_2_STD = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+    0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+    0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+    0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+    0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)  # fmt: skip
 
 
 DTYPES = ("float32", "bfloat16", "float16")  # of activations
@@ -99,7 +115,7 @@ class DiTConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Wan's causal video autoencoder (2.1 topology).
+    """Wan's causal video autoencoder, of version 2.1 (the defaults) or 2.2 (`residual`).
 
     base: channels of the first stage; dim_mult: channels of each stage over base; a stage but the
       last halves the picture.
@@ -107,6 +123,9 @@ class VAEConfig:
       channels before the first layer.
     res_blocks: residual blocks per encoder stage (the decoder has one more).  mean, std:
       per-channel latent statistics.
+    decoder_base: what `base` is in the decoder; None for the same.
+    residual: every stage that changes the size of the video, and the encoder's last, stands beside
+      a shortcut without parameters, and upsampling keeps the channels, which it halves otherwise.
     """
 
     base: int = 96
@@ -117,6 +136,8 @@ class VAEConfig:
     patch: int = 1
     mean: tuple[float, ...] = WAN_VAE_MEAN
     std: tuple[float, ...] = WAN_VAE_STD
+    decoder_base: int | None = None
+    residual: bool = False
 
     def __post_init__(self):
         check_sizes(self, "base", "z", "res_blocks", "patch")
@@ -128,6 +149,32 @@ class VAEConfig:
             values = getattr(self, name)
             right = isinstance(values, tuple) and len(values) == self.z
             check(self, name, right, f"{self.z} values")
+        if self.decoder_base is not None:
+            check_sizes(self, "decoder_base")
+        check(self, "residual", type(self.residual) is bool, "True or False")
+        if self.residual:
+            self._check_shortcuts()
+
+    def _check_shortcuts(self) -> None:
+        """Raises: InputError unless each shortcut's cells divide evenly among its channels."""
+        cells = [8 if temporal else 4 for temporal in self.temporal_down]
+        down, up = self.encoder_widths, self.decoder_widths[:-1]
+        right = all(
+            i * n % o == 0 for i, o, n in zip(down[:-1], down[1:], (*cells, 1), strict=True)
+        ) and all(o * n % i == 0 for i, o, n in zip(up[:-1], up[1:], cells[::-1], strict=True))
+        words = "multipliers that the shortcuts' averages and repetitions divide, as (1, 2, 4, 4)"
+        check(self, "dim_mult", right, words)
+
+    @property
+    def encoder_widths(self) -> tuple[int, ...]:
+        """Channels into the encoder's first stage, and out of each."""
+        return tuple(self.base * m for m in (1, *self.dim_mult))
+
+    @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        """Channels into the decoder's first stage, and out of the residual blocks of each."""
+        base = self.decoder_base or self.base
+        return tuple(base * m for m in (self.dim_mult[-1], *self.dim_mult[::-1]))
 
     @property
     def spatial_stride(self) -> int:
@@ -161,3 +208,12 @@ WAN_2_2_TI2V_5B = DiTConfig(
     dim=3072, num_heads=24, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48
 )
 WAN_VAE_2_1 = VAEConfig()
+WAN_VAE_2_2 = VAEConfig(
+    base=160,
+    z=48,
+    patch=2,
+    mean=WAN_VAE_2_2_MEAN,
+    std=WAN_VAE_2_2_STD,
+    decoder_base=256,
+    residual=True,
+)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wan's diffusion transformer as pure functions: `dit_spec`, `embed_context`, `dit`.
 
+The pieces that `dit` is made of are public too, for callers who hold one layer at a time.
+
 Everything that a long-video method varies enters as an argument: a rotation table, a memory,
 timesteps per frame or token, condition channels.  Nothing here knows a method.
 Source: Wan-Video/Wan2.1: wan/modules/model.py; Wan-Video/Wan2.2 (per-token timesteps);
@@ -85,7 +87,7 @@ def _image_spec(cfg: DiTConfig) -> Spec:
     return spec
 
 
-def _embed_text(params, text, cfg: DiTConfig):
+def embed_text(params, text, cfg: DiTConfig):
     """text [B, M, text_dim] -> [B, text_len, C].
 
     Rows are padded with zeros before the MLP, and the padding is attended to, as Wan does.
@@ -100,7 +102,7 @@ def _embed_text(params, text, cfg: DiTConfig):
     return linear(params["fc2"], hidden.astype(text.dtype))
 
 
-def _embed_image(params, image, cfg: DiTConfig):
+def embed_image(params, image, cfg: DiTConfig):
     """CLIP tokens image [B, M, image_dim] -> [B, M, C]."""
     rows = {"M": cfg.image_pos_len} if cfg.image_pos_len else {}
     expect(image, "B M C", "image", C=cfg.image_dim, **rows)
@@ -129,13 +131,13 @@ def embed_context(params, text, cfg: DiTConfig, image=None) -> Context:
     def project(tokens, suffix):
         return lax.map(lambda p: cross_keys_values(p, tokens, cfg, suffix), cross)
 
-    k, v = project(_embed_text(params["text_embedding"], text, cfg), "")
+    k, v = project(embed_text(params["text_embedding"], text, cfg), "")
     if image is None:
         return Context(k, v)
-    return Context(k, v, *project(_embed_image(params["image_embedding"], image, cfg), "_img"))
+    return Context(k, v, *project(embed_image(params["image_embedding"], image, cfg), "_img"))
 
 
-def _embed_time(params, timestep, cfg: DiTConfig):
+def embed_time(params, timestep, cfg: DiTConfig):
     """timestep [B, U] -> e [B, U, C] for the head, e0 [B, U, 6, C] for the blocks, float32."""
     mlp = params["time_embedding"]
     features = sinusoid(timestep.astype(jnp.float32), cfg.freq_dim)
@@ -144,7 +146,7 @@ def _embed_time(params, timestep, cfg: DiTConfig):
     return e, rearrange(e0, "b u (s c) -> b u s c", s=6)
 
 
-def _embed_latents(params, latents, condition, cfg: DiTConfig):
+def embed_latents(params, latents, condition, cfg: DiTConfig):
     """Tokens [B, L, C] float32, rounded to cfg.dtype once.
 
     Wan's convolution over [noise, mask, condition] is the sum of two projections.
@@ -204,6 +206,13 @@ def _blocks(params, x, e0, context, rotation, past, cfg: DiTConfig, remat: bool)
     return x, past, keys
 
 
+def head(params, x, e, grid: tuple[int, int, int], cfg: DiTConfig):
+    """Tokens x [B, L, C] float32 and e [B, U, C] -> velocity [B, T, H, W, Cout]."""
+    m = params["modulation"].astype(jnp.float32)[None, None] + e[:, :, None]
+    x = modulate(layer_norm(x, cfg.eps), m[:, :, 0], m[:, :, 1])
+    return unpatchify(linear(params["linear"], x), grid, cfg.patch)
+
+
 def _check(latents, timestep, condition, past, cfg: DiTConfig):
     """Sizes by letter, and the token grid (t, h, w)."""
     size = expect(latents, "B T H W C", "latents", C=cfg.in_channels)
@@ -256,9 +265,7 @@ def dit(
     t, h, w = grid = _check(latents, timestep, condition, past, cfg)
     if rotation is None:
         rotation = grid_table(np.arange(t), h, w, cfg.head_dim, cfg.theta)
-    e, e0 = _embed_time(params, timestep, cfg)
-    x = _embed_latents(params, latents, condition, cfg)
+    e, e0 = embed_time(params, timestep, cfg)
+    x = embed_latents(params, latents, condition, cfg)
     x, past, keys = _blocks(params["blocks"], x, e0, context, rotation, past, cfg, remat)
-    m = params["head"]["modulation"].astype(jnp.float32)[None, None] + e[:, :, None]
-    x = modulate(layer_norm(x, cfg.eps), m[:, :, 0], m[:, :, 1])
-    return unpatchify(linear(params["head"]["linear"], x), grid, cfg.patch), past, keys
+    return head(params["head"], x, e, grid, cfg), past, keys

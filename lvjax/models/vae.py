@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wan's causal video autoencoder (2.1 topology): pure functions with an explicit streaming state.
+"""Wan's causal video autoencoders (2.1 and 2.2): pure functions with an explicit streaming state.
 
 The network is defined chunk by chunk: the first frame alone, then `cfg.temporal_stride` pixel
 frames for each latent frame.  `decode` and `encode` are the start function followed by a scan of
 the step function, so a streamed video and a whole one are the same.  Video is [B,P,H,W,3] float32
 in [-1,1]; latents are [B,T,h,w,z] float32, normalised per channel by cfg.mean and cfg.std.
 Activations have the dtype of the parameters.  The blocks are in vae_blocks.py.
-Source: Wan, arXiv:2503.20314, section 4.1; Wan-Video/Wan2.1, wan/modules/vae.py.
+Sources: Wan, arXiv:2503.20314, section 4.1; Wan-Video/Wan2.1, wan/modules/vae.py; Wan-Video/Wan2.2,
+wan/modules/vae2_2.py.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +22,14 @@ from lvjax.core.params import Spec
 from lvjax.core.shapes import expect
 from lvjax.models.config import VAEConfig
 from lvjax.models.vae_blocks import (
+    average_down,
     chain,
     downsample_spec,
     head,
     head_spec,
     middle,
     middle_spec,
+    repeat_up,
     stage,
     stage_spec,
     upsample_spec,
@@ -34,7 +39,7 @@ from lvjax.nn.conv import causal_conv3d, conv2d, conv2d_spec, conv3d_spec
 
 def encoder_spec(cfg: VAEConfig) -> Spec:
     """Parameters of the encoder."""
-    widths = [cfg.base * m for m in (1, *cfg.dim_mult)]
+    widths = cfg.encoder_widths
     spec = {"conv_in": conv3d_spec(3 * cfg.patch**2, widths[0])}
     for i, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
         spec[f"stage{i}"] = stage_spec(n_in, n_out, cfg.res_blocks)
@@ -45,13 +50,14 @@ def encoder_spec(cfg: VAEConfig) -> Spec:
 
 def decoder_spec(cfg: VAEConfig) -> Spec:
     """Parameters of the decoder."""
-    widths = [cfg.base * m for m in (cfg.dim_mult[-1], *cfg.dim_mult[::-1])]
+    widths = cfg.decoder_widths
     spec = {"conv_in": conv3d_spec(cfg.z, widths[0]), "mid": middle_spec(widths[0])}
-    for i, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-        # upsampling halves the channels on the way into every later stage
-        spec[f"stage{i}"] = stage_spec(n_in if i == 0 else n_in // 2, n_out, cfg.res_blocks + 1)
+    n_in = widths[0]
+    for i, n_out in enumerate(widths[1:]):
+        spec[f"stage{i}"] = stage_spec(n_in, n_out, cfg.res_blocks + 1)
         if i < len(cfg.dim_mult) - 1:
-            spec[f"stage{i}"]["up"] = upsample_spec(n_out, cfg.temporal_down[::-1][i])
+            n_in = n_out if cfg.residual else n_out // 2
+            spec[f"stage{i}"]["up"] = upsample_spec(n_out, n_in, cfg.temporal_down[::-1][i])
     return spec | {"head": head_spec(widths[-1], 3 * cfg.patch**2)}
 
 
@@ -65,8 +71,22 @@ def vae_spec(cfg: VAEConfig) -> Spec:
     }
 
 
-def _stages(cfg: VAEConfig) -> dict:
-    return {f"stage{i}": stage for i in range(len(cfg.dim_mult))}
+def _stages(cfg: VAEConfig, coder: str) -> dict:
+    """{name: block} of the stages of "encoder" or "decoder", with their shortcuts if they have any.
+
+    The decoder's last stage has none.
+    """
+    blocks = {f"stage{i}": stage for i in range(len(cfg.dim_mult))}
+    if not cfg.residual:
+        return blocks
+    cells = [(2 if temporal else 1, 2, 2) for temporal in cfg.temporal_down]
+    if coder == "encoder":
+        kind, channels, cells = average_down, cfg.encoder_widths[1:], [*cells, (1, 1, 1)]
+    else:
+        kind, channels, cells = repeat_up, cfg.decoder_widths[1:-1], cells[::-1]
+    for i, (n, cell) in enumerate(zip(channels, cells, strict=True)):
+        blocks[f"stage{i}"] = partial(stage, shortcut=partial(kind, channels=n, cell=cell))
+    return blocks
 
 
 def _statistics(cfg: VAEConfig):
@@ -101,7 +121,8 @@ def _decode(params, state, latents, cfg: VAEConfig):
     with jax.named_scope("vae_decode"):
         x = denormalise(latents.astype(jnp.float32), cfg)
         x = conv2d(params["post_quant"], x.astype(params["post_quant"]["kernel"].dtype))
-        blocks = {"conv_in": causal_conv3d, "mid": middle} | _stages(cfg) | {"head": head}
+        blocks = {"conv_in": causal_conv3d, "mid": middle} | _stages(cfg, "decoder")
+        blocks |= {"head": head}
         x, state = chain(blocks, params["decoder"], x, state)
         return state, unfold(x, cfg.patch).astype(jnp.float32)
 
@@ -110,7 +131,8 @@ def _encode(params, state, video, cfg: VAEConfig):
     """A chunk of pixel frames to moments [B,n,h,w,2z] float32; state None for the first frame."""
     with jax.named_scope("vae_encode"):
         x = fold(video, cfg.patch).astype(params["quant"]["kernel"].dtype)
-        blocks = {"conv_in": causal_conv3d} | _stages(cfg) | {"mid": middle, "head": head}
+        blocks = {"conv_in": causal_conv3d} | _stages(cfg, "encoder")
+        blocks |= {"mid": middle, "head": head}
         x, state = chain(blocks, params["encoder"], x, state)
         return state, conv2d(params["quant"], x).astype(jnp.float32)
 

@@ -3,11 +3,13 @@
 
 x is [B,T,H,W,C].  A state mirrors the block's parameters and holds the last input frames of each
 causal convolution; state None marks the first chunk, one frame, which the temporal resampling
-layers pass through.  Source: Wan-Video/Wan2.1, wan/modules/vae.py.
+layers pass through.  Sources: Wan-Video/Wan2.1, wan/modules/vae.py; Wan-Video/Wan2.2,
+wan/modules/vae2_2.py (the shortcuts).
 """
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from lvjax.core.params import Param, Spec
 from lvjax.kernels.attention import attend
@@ -98,9 +100,9 @@ def downsample(params, x, state):
     return y, {"time": history}
 
 
-def upsample_spec(n: int, temporal: bool) -> Spec:
+def upsample_spec(n: int, n_out: int, temporal: bool) -> Spec:
     """Parameters of a doubling."""
-    spec = {"conv": conv2d_spec(n, n // 2)}
+    spec = {"conv": conv2d_spec(n, n_out)}
     if temporal:
         spec["time"] = conv3d_spec(n, 2 * n, (3, 1, 1))
     return spec
@@ -128,11 +130,39 @@ def stage_spec(n_in: int, n_out: int, depth: int) -> Spec:
     return {f"res{i}": residual_spec(n_in if i == 0 else n_out, n_out) for i in range(depth)}
 
 
-def stage(params, x, state):
-    """Residual blocks in order, then "down" or "up" where the stage has one."""
+def stage(params, x, state, shortcut=None):
+    """Residual blocks in order, then "down" or "up" where the stage has one.
+
+    shortcut: a function of x and whether the chunk is the first, added to what the stage makes.
+    """
     blocks = {f"res{i}": residual for i in range(sum(name.startswith("res") for name in params))}
     blocks |= {n: f for n, f in (("down", downsample), ("up", upsample)) if n in params}
-    return chain(blocks, params, x, state)
+    y, new = chain(blocks, params, x, state)
+    return (y if shortcut is None else y + shortcut(x, state is None)), new
+
+
+def average_down(x, first: bool, channels: int, cell: tuple[int, int, int]):
+    """Fold cells of (time, height, width) into channels, and average neighbours to `channels`.
+
+    A folded channel's index is (channel, time, row, column), the column fastest.  The first chunk's
+    frame is the last of its cell; the frames before it are zeros, and they count.
+    """
+    time, rows, columns = cell
+    if first:
+        x = jnp.pad(x, ((0, 0), (time - 1, 0), (0, 0), (0, 0), (0, 0)))
+    x = rearrange(x, "b (t i) (h r) (w q) c -> b t h w (c i r q)", i=time, r=rows, q=columns)
+    return jnp.mean(x.reshape(*x.shape[:-1], channels, -1), axis=-1)
+
+
+def repeat_up(x, first: bool, channels: int, cell: tuple[int, int, int]):
+    """Repeat each channel, and unfold the result to `channels` of cells of (time, height, width).
+
+    The order is that of `average_down`; of the first chunk's cell only the last frame is kept.
+    """
+    time, rows, columns = cell
+    x = jnp.repeat(x, channels * time * rows * columns // x.shape[-1], axis=-1)
+    x = rearrange(x, "b t h w (c i r q) -> b (t i) (h r) (w q) c", i=time, r=rows, q=columns)
+    return x[:, time - 1 :] if first else x
 
 
 def head_spec(n_in: int, n_out: int) -> Spec:

@@ -53,18 +53,23 @@ def _dot(x, kernel):
     return _matmul(x, kernel) if x.dtype == jnp.float32 else _reduced(x, kernel)
 
 
+def _row(v, ndim: int):
+    """v [n] as float32 [1, ..., 1, n] of `ndim` axes."""
+    return v.astype(jnp.float32).reshape((1,) * (ndim - 1) + (-1,))
+
+
 def linear(params, x, dtype=None):
     """x [..., in] -> [..., out] of `dtype` (default: that of x).
 
     Multiplies in x's dtype, accumulates and adds the bias in float32, rounds once.  With
-    params["lora"] = {"a": [in, r], "b": [r, out], "scale": []} the update scale * (x a) b is added
-    before rounding.
+    params["lora"] = {"a": [in, r], "b": [r, out], "scale": [r]} the update ((x a) * scale) b is
+    added before rounding; its products are of the same kind, `scale` is applied in float32.
     """
     y = _dot(x, params["kernel"])
     if "lora" in params:
         lora = params["lora"]
-        update = _dot(_dot(x, lora["a"]).astype(x.dtype), lora["b"])
-        y = y + update * lora["scale"].astype(jnp.float32)
+        h = _dot(x, lora["a"]) * _row(lora["scale"], y.ndim)
+        y = y + _dot(h.astype(x.dtype), lora["b"])
     if "bias" in params:
-        y = y + params["bias"].astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
+        y = y + _row(params["bias"], y.ndim)
     return y.astype(x.dtype if dtype is None else dtype)

@@ -4,9 +4,9 @@
 One step is one clip: open the bank, sample, pin what was given, run once at sigma 0 so that the
 bank holds clean keys and values, decode, re-encode the last frames as the next clip's condition.
 Shapes never depend on the clip.
-Owns: the state, the condition layout (Wan's mask of 4 channels per latent frame, then latents),
-positions.
-Does not own: a model (functions come in), a solver, or which clips are seen (memory/placement.py).
+Owns: the state, positions.
+Does not own: a model (functions come in), a solver, the layout of a condition (condition.py), or
+which clips are seen (memory/placement.py).
 """
 
 from collections.abc import Callable
@@ -22,13 +22,10 @@ from jax.tree_util import Partial
 from lvjax.core.errors import InputError
 from lvjax.core.functional import bound
 from lvjax.core.mesh import partition
-from lvjax.core.shapes import expect
-from lvjax.flow.guidance import doubled, guided
+from lvjax.flow.guidance import guided, per_pass
 from lvjax.memory.cache import KVCache, commit, open_past
-from lvjax.nn.embed import cell_waves
+from lvjax.rollout.condition import MASK, condition, pin, pixel_frames
 from lvjax.rollout.method import Method
-
-MASK = 4  # mask channels per latent frame: one per pixel frame, all four for the first
 
 POSITIONS: dict[str, Callable] = {
     "absolute": lambda frames, next_frame: frames,
@@ -36,9 +33,6 @@ POSITIONS: dict[str, Callable] = {
 }
 """(latent frames int32 [..., F], first frame of the clip) -> frames to rotate by.  "relative" is
 exact at any length."""
-
-FILLS = ("latent", "position", "pixel")
-"""What may stand for frames that are not given: see `condition`."""
 
 
 @struct.dataclass
@@ -100,85 +94,14 @@ class Knobs(NamedTuple):
     fill: str = "latent"
 
 
-def first_condition(encode: Callable, source, size, *, fill: str = "latent", overlap: int = 2):
-    """The condition of the first clip.
+def row_key_data(keys, batch: int):
+    """uint32 [B, 2]: the data of typed keys [B], one per row, in a buffer of their own.
 
-    source: an image [B,H,W,3], a video [B,P,H,W,3] to continue (its last 1 + 4 (overlap - 1) frames
-    are given, fewer when it is shorter), both in [-1,1], or None for nothing given.  size, fill: as
-    in `condition`.
+    Raises: InputError for another number of keys.
     """
-    if source is None:
-        return condition(encode, None, size, fill)
-    if source.ndim == 4:
-        source = source[:, None]
-    expect(source, "B P H W C", "image or video", B=size[0], C=3)
-    given = given_frames(source.shape[1], overlap)
-    return condition(encode, source[:, source.shape[1] - given :], size, fill)
-
-
-def given_frames(available: int, overlap: int) -> int:
-    """How many of the last pixel frames of a start the first clip is given: at most what `overlap`
-    latent frames stand for, and 1 + 4m of them, or none.
-    """
-    most = min(available, pixel_frames(overlap))
-    return most - (most - 1) % MASK if most else 0
-
-
-def pixel_frames(latent_frames: int) -> int:
-    """Pixel frames of a clip: the first latent frame stands for one, the others for four each."""
-    return 1 + MASK * (latent_frames - 1)
-
-
-def condition(encode: Callable, frames, size: tuple[int, int, int, int, int], fill: str = "latent"):
-    """The condition of a clip that begins with given pixel frames, float32 [B,T,h,w,4+z].
-
-    frames: [B,1+4m,H,W,3] in [-1,1], or None for nothing given.  size: (B,T,h,w,z) of the clip's
-    latents.
-    Channels: 4 of mask (1 = given; the pixel frames of each latent frame, the first repeated), then
-    the latents.
-    fill: latents of what is not given; "latent", "position": see `blank`; "pixel": mid-grey frames
-    encoded behind the given ones (Wan's image-to-video habit; encodes the whole clip).
-    Raises: InputError for an unknown fill, "pixel" without frames, or more frames than the clip
-    has.
-    """
-    if fill not in FILLS or (fill == "pixel" and frames is None):
-        raise InputError(
-            f"fill={fill!r} cannot be used here; choose 'latent' or 'position', or 'pixel' with "
-            "frames given"
-        )
-    b, t, h, w, z = size
-    given = 0 if frames is None else frames.shape[1]
-    if given > pixel_frames(t):
-        raise InputError(f"{given} frames are given, the clip has {pixel_frames(t)}; give fewer")
-    n = (given + MASK - 1) // MASK
-    latents = jnp.zeros((b, 0, h, w, z), jnp.float32)
-    if fill == "pixel":
-        grey = ((0, 0), (0, pixel_frames(t) - given), (0, 0), (0, 0), (0, 0))
-        latents = encode(jnp.pad(frames, grey))
-    elif given:
-        latents = encode(frames)
-    expect(latents, "B T H W C", "condition latents", B=b, H=h, W=w, C=z)
-    rest = (b, t - latents.shape[1], h, w, z)
-    rest = jnp.broadcast_to(blank(fill, rest[2:]), rest)
-    latents = jnp.concatenate([latents.astype(jnp.float32), rest], axis=1)
-    mask = (jnp.arange(t) < n).astype(jnp.float32)[None, :, None, None, None]
-    return jnp.concatenate([jnp.broadcast_to(mask, (b, t, h, w, MASK)), latents], axis=-1)
-
-
-def blank(fill: str, size: tuple[int, int, int]):
-    """Latents float32 [h, w, z] of a frame that is not given, where no picture stands for it.
-
-    "latent": zeros.  "position": `cell_waves`, so that a token of pure noise knows its place;
-    rotary positions are relative and tell it nothing.
-    """
-    return jnp.asarray(cell_waves(*size)) if fill == "position" else jnp.zeros(size, jnp.float32)
-
-
-def pin(latents, condition):
-    """Put the given latents (all four mask channels 1) back: sampling and T-RFlow do not reproduce
-    them exactly."""
-    given = jnp.min(condition[..., :MASK], axis=-1, keepdims=True) == 1
-    return jnp.where(given, condition[..., MASK:], latents)
+    if keys.shape != (batch,):
+        raise InputError(f"keys has shape {keys.shape}; expected one key per row, [{batch}]")
+    return jnp.array(jax.random.key_data(keys))
 
 
 def clip_noise(key, clip, size):
@@ -241,11 +164,9 @@ def _init(cache: KVCache, condition, keys, knobs: Knobs) -> ClipState:
             f"bank of batch {cache.k.shape[1]} and {cache.frame.shape[1]} frame slots; "
             f"this method needs batch {batch} and a multiple of {t} frame slots"
         )
-    if keys.shape != (b,):
-        raise InputError(f"keys has shape {keys.shape}; expected one key per row, [{b}]")
     # buffers of its own: the state is donated
     start, clip = jnp.array(0, jnp.int32), jnp.array(0, jnp.int32)
-    return ClipState(cache, jnp.array(condition), start, clip, jnp.array(jax.random.key_data(keys)))
+    return ClipState(cache, jnp.array(condition), start, clip, row_key_data(keys, b))
 
 
 def _step(model: ClipModel, state: ClipState, clip: Clip, *, sampler: Callable, knobs: Knobs):
@@ -255,8 +176,7 @@ def _step(model: ClipModel, state: ClipState, clip: Clip, *, sampler: Callable, 
     start = jnp.broadcast_to(clip.slot, (b,)) * t
     visible = jnp.repeat(clip.visible, t, axis=-1)
     visible = jnp.broadcast_to(visible, (b, visible.shape[-1]))
-    passes = (lambda a: a) if knobs.guidance is None else doubled
-    many, start, visible = passes((given, start, visible))
+    many, start, visible = per_pass((given, start, visible), knobs.guidance)
 
     def rotation(frames):
         return model.rotation(knobs.positions(frames, state.next_frame), state.cache.grid)
@@ -274,7 +194,7 @@ def _step(model: ClipModel, state: ClipState, clip: Clip, *, sampler: Callable, 
         latents, past = sampler(guided(velocity, knobs.guidance), noise, aux=past)
         latents = pin(latents, given)
     with jax.named_scope("remember"):
-        clean = passes(latents)
+        clean = per_pass(latents, knobs.guidance)
         zero = jnp.zeros(clean.shape[:1], jnp.float32)
         _, past, keys = model.denoise(clean, zero, clip.context, many, turn, past)
         cache = commit(state.cache, past, keys, start, frames)

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bundle: everything that a model is, in one frozen value, loaded from the package or from a
-folder.
+"""A bundle: everything that a model is, in one frozen value, from the package, from a folder that
+lvjax wrote, or from a checkpoint as its publishers lay it out.
 
-A folder holds `model.json` (sizes, defaults, vocabulary name) and one safetensors file each for
-"dit", "vae" and "text".
+A folder of lvjax's holds `model.json` (name and defaults) and its parts: "dit", "vae", "text",
+"dit_low" where there are two experts, "image" where there are image tokens.  A part says itself
+what it is; those of the pocket model are described in model.json.  The transformer and the
+autoencoder are held in memory; a large text or image encoder is read from the disk when it is
+needed, layer by layer (encoders.py).
 """
 
 import dataclasses
 import hashlib
 import json
 import math
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -20,117 +25,98 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from lvjax.core.checkpoint import load_arrays, save_arrays, write_atomic
+from checkpoints_convert.foreign import open_foreign
+from lvjax.core.checkpoint import Stored, raw, save_arrays, write_atomic
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.core.params import abstract, flatten, unflatten
-from lvjax.flow.solvers import SOLVERS
+from lvjax.core.streaming import TARGETS, open_stored
 from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.dit import dit_spec
+from lvjax.models.image_encoder import ImageEncoderConfig
 from lvjax.models.pocket_text import PocketTextConfig, text_spec
+from lvjax.models.umt5 import UMT5Config
 from lvjax.models.vae import vae_spec
-from lvjax.rollout.clipwise import FILLS, POSITIONS
+from lvjax.run.defaults import Defaults
+from lvjax.run.presets import PRESETS, preset_of
 
-PARTS = ("dit", "vae", "text")
-
-
-def _whole(x, low: int = 1, high: float = math.inf) -> bool:
-    return type(x) is int and low <= x <= high
-
-
-def _real(x, low: float, high: float) -> bool:
-    return type(x) in (int, float) and low <= x <= high
-
-
-def _pair(x, test) -> bool:
-    return isinstance(x, (tuple, list)) and len(x) == 2 and all(map(test, x))
-
-
-ALLOWED = {
-    "fps": (lambda x: _whole(x, 1, 240), "a whole number from 1 to 240"),
-    "size": (lambda x: _pair(x, _whole), "(height, width) in pixels, for example (64, 64)"),
-    "clip_latents": (lambda x: _whole(x, 2), "a whole number from 2"),
-    "overlap": (_whole, "a whole number from 1"),
-    "steps": (lambda x: _whole(x, 1, 1000), "a whole number from 1 to 1000"),
-    "shift": (lambda x: _real(x, 1e-3, 1e3), "a number from 0.001 to 1000, for example 3.0"),
-    "solver": (lambda x: x in tuple(SOLVERS), f"one of {', '.join(SOLVERS)}"),
-    "guidance": (lambda x: _real(x, 0, 100), "a number from 0 to 100; 1 is none"),
-    "window": (
-        lambda x: _pair(x, lambda y: _real(y, 0, 1)) and x[0] < x[1],
-        "(low, high) with 0 <= low < high <= 1, for example (0.3, 0.7)",
-    ),
-    "positions": (lambda x: x in tuple(POSITIONS), f"one of {', '.join(POSITIONS)}"),
-    "fill": (lambda x: x in FILLS, f"one of {', '.join(FILLS)}"),
-    "capacity": (_whole, "a whole number from 1"),
-    "layers": (
-        lambda x: x is None or (_pair(x, lambda y: _whole(y, 0)) and x[0] < x[1]),
-        "None or (first, last) with 0 <= first < last",
-    ),
-    "upscale": (lambda x: _whole(x, 1, 64), "a whole number from 1 to 64"),
-    "lookahead": (lambda x: type(x) is bool, "True or False"),
+PARTS = ("dit", "dit_low", "vae", "text", "image")
+CONFIGS = {
+    "dit": DiTConfig,
+    "dit_low": DiTConfig,
+    "vae": VAEConfig,
+    "text": UMT5Config,
+    "image": ImageEncoderConfig,
 }
-"""What each field of `Defaults` may be: a test, and the same in words."""
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What `generate` uses when nothing else is said.
-
-    size: (height, width) in pixels.  clip_latents: latent frames per clip.  overlap: latent frames
-      shared by neighbours.
-    steps, shift, solver, guidance, window: the sampler.  upscale: whole-number enlargement of what
-      is shown.
-    positions, fill, capacity: see `methods.error_free`.
-    lookahead: choose what the bank keeps by the whole timeline.  A later prompt can then change
-      what earlier clips remember, and so their pictures (never their prompts).
-    Raises: InputError naming the field, what was given and what is allowed.
-    """
-
-    fps: int = 8
-    size: tuple[int, int] = (64, 64)
-    clip_latents: int = 5
-    overlap: int = 2
-    steps: int = 16
-    shift: float = 3.0
-    solver: str = "unipc"
-    guidance: float = 2.0
-    window: tuple[float, float] = (0.3, 0.7)
-    positions: str = "relative"
-    fill: str = "position"
-    capacity: int = 6
-    layers: tuple[int, int] | None = None
-    upscale: int = 6
-    lookahead: bool = False
-
-    def __post_init__(self):
-        for name, (test, words) in ALLOWED.items():
-            if not test(value := getattr(self, name)):
-                raise InputError(f"defaults.{name} is {value!r}; give {words}")
-        if self.overlap >= self.clip_latents:
-            raise InputError(
-                f"defaults.overlap is {self.overlap}, clip_latents {self.clip_latents}; give an "
-                f"overlap from 1 to {self.clip_latents - 1}, or longer clips"
-            )
+OWN = {"dit": DiTConfig, "vae": VAEConfig, "text": PocketTextConfig}  # described in model.json
+HALF = (np.float16, ml_dtypes.bfloat16)
+MODEL = "model.json"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A loaded model.  params: {"dit", "vae", "text"} trees.  hashes: sha256 per file."""
+    """A model, loaded or in outline.
+
+    text: None where prompts come as embeddings only.  image: the encoder of image tokens, if any.
+    params: trees by part, of those that are held in memory; empty in an outline.
+    parts: the files of every part, to read what is not held.  folder: where they are, and the
+      tokenizer of UMT5.
+    embeddings: rows of prompts that were encoded before, {prompt: float32 [M, D]}.
+    hashes: sha256 by part, of its sizes and the checksums of its arrays.
+    """
 
     name: str
     dit: DiTConfig
     vae: VAEConfig
-    text: PocketTextConfig
+    text: PocketTextConfig | UMT5Config | None
     defaults: Defaults
     params: dict[str, Any] = field(repr=False)
     hashes: dict[str, str] = field(default_factory=dict)
+    image: ImageEncoderConfig | None = None
+    parts: Mapping[str, Stored] = field(default_factory=dict, repr=False)
+    folder: Path | None = None
+    embeddings: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The parts that are transformers: high noise first."""
+        return ("dit", "dit_low") if "dit_low" in self.parts else ("dit",)
+
+    def config(self, part: str):
+        """The sizes of a part."""
+        return getattr(self, part.removesuffix("_low"))
 
 
-def specs(dit: DiTConfig, vae: VAEConfig, text: PocketTextConfig) -> dict:
-    """The parameter specs of a bundle's parts."""
-    return {"dit": dit_spec(dit), "vae": vae_spec(vae), "text": text_spec(text)}
+def specs(bundle: Bundle) -> dict:
+    """The parameters of the parts that are held in memory."""
+    found = {part: dit_spec(bundle.dit) for part in bundle.experts}
+    found["vae"] = vae_spec(bundle.vae)
+    if isinstance(bundle.text, PocketTextConfig):
+        found["text"] = text_spec(bundle.text)
+    return found
 
 
-def _config(cls, values: dict, path):
+def part_path(folder: Path, part: str, suffix: str) -> Path:
+    """Where a part of a folder lies."""
+    return folder / f"{part}{suffix}"
+
+
+def open_parts(folder: Path) -> dict[str, Stored]:
+    """The parts of a folder of lvjax's, by name; no array is read.
+
+    Raises: CheckpointError when one is damaged, or there twice.
+    """
+    found = {}
+    for part in PARTS:
+        places = [part_path(folder, part, target.suffix) for target in TARGETS.values()]
+        there = [path for path in places if path.exists()]
+        if len(there) > 1:
+            raise CheckpointError(f"{there[0]} and {there[1]} are the same part; remove one")
+        if there:
+            found[part] = open_stored(there[0])
+    return found
+
+
+def _config(cls, values, path):
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: {cls.__name__} is {values!r}; restore the file")
     names = {f.name for f in dataclasses.fields(cls)}
@@ -148,22 +134,79 @@ def _config(cls, values: dict, path):
 def outline(name: str | Path = "pocket") -> Bundle:
     """A model without its weights: params and hashes are empty.
 
-    name: "pocket", the model inside the package, or a folder that `save` wrote.
-    Raises: CheckpointError when its model.json is missing, damaged or of another version.
+    name: "pocket", the model inside the package; a folder that lvjax wrote; or a checkpoint, or the
+      folder of a whole model, as its publishers or diffusers lay it out.
+    Raises: CheckpointError when something is missing, damaged or of another version.
     """
-    path = _folder(name) / "model.json"
+    folder = _folder(name)
+    if not (folder / MODEL).is_file():
+        return _foreign_outline(folder)
+    path, head = folder / MODEL, _read(folder / MODEL)
+    if missing := {"name", "defaults"} - set(head):
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; restore it")
+    parts = open_parts(folder)
+    if "dit" in head:
+        if missing := set(OWN) - set(head):
+            raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; restore it")
+        configs = {part: _config(cls, head[part], path) for part, cls in OWN.items()}
+    else:
+        configs = _configs(parts, folder)
+    defaults = _config(Defaults, head["defaults"], path)
+    return _checked(Bundle(str(head["name"]), **_fields(configs), defaults=defaults, params={},
+                           parts=parts, folder=folder), path)  # fmt: skip
+
+
+def _read(path: Path) -> dict:
     try:
         head = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(
             f"no model in {path.parent} ({type(e).__name__}); give 'pocket' or a folder with "
-            "model.json"
+            f"{MODEL}"
         ) from e
-    if missing := {"name", "defaults", *PARTS} - set(head if isinstance(head, dict) else ()):
-        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; restore it")
-    kinds = {"dit": DiTConfig, "vae": VAEConfig, "text": PocketTextConfig, "defaults": Defaults}
-    configs = {k: _config(cls, head[k], path) for k, cls in kinds.items()}
-    bundle = Bundle(str(head["name"]), **configs, params={})
+    return head if isinstance(head, dict) else {}
+
+
+def _configs(parts: Mapping[str, Stored], folder: Path) -> dict:
+    """What the parts say of themselves.
+
+    Raises: CheckpointError when the transformer or the autoencoder is missing.
+    """
+    if missing := [part for part in ("dit", "vae") if part not in parts]:
+        raise CheckpointError(
+            f"{folder} has no part {missing[0]!r} yet; convert the model's "
+            f"{'autoencoder' if missing == ['vae'] else 'transformer'} into it too"
+        )
+    configs = {}
+    for part, stored in parts.items():
+        if stored.meta.get("part") != part:
+            raise CheckpointError(f"{stored.path} says that it is {stored.meta.get('part')!r}")
+        configs[part] = _config(CONFIGS[part], stored.meta.get("config"), stored.path)
+    if configs.get("dit_low", configs["dit"]) != configs["dit"]:
+        raise CheckpointError(f"{folder}: dit and dit_low are not two experts of one model")
+    return configs
+
+
+def _fields(configs: dict) -> dict:
+    """The configurations as fields of a bundle."""
+    found = {part: configs.get(part) for part in ("dit", "vae", "text")}
+    return found | {"image": configs.get("image")}
+
+
+def _foreign_outline(folder: Path) -> Bundle:
+    """A model as its publishers lay it out."""
+    if not folder.exists():
+        raise CheckpointError(
+            f"no model {str(folder)!r}; give 'pocket', a folder that lvjax wrote, or a checkpoint"
+        )
+    parts = open_foreign(folder)
+    configs = _configs(parts, folder)
+    name = preset_of(configs["dit"], 2 if "dit_low" in parts else 1)
+    return _checked(Bundle(name, **_fields(configs), defaults=PRESETS[name], params={},
+                           parts=parts, folder=folder), folder)  # fmt: skip
+
+
+def _checked(bundle: Bundle, path: Path) -> Bundle:
     unit = bundle.vae.spatial_stride * bundle.dit.patch[1]
     if any(n % unit for n in bundle.defaults.size):
         raise CheckpointError(
@@ -173,22 +216,62 @@ def outline(name: str | Path = "pocket") -> Bundle:
     return bundle
 
 
-def load(name: str | Path = "pocket") -> Bundle:
-    """A model with its weights, named as in `outline`; half precision becomes float32.
+def describe(folder: Path) -> None:
+    """Write the model.json of a folder whose parts say what they are, once they are all there; one
+    that is there for the same kind of model is kept, as somebody may have changed its defaults.
+    """
+    parts = open_parts(folder)
+    if "dit" not in parts or "dit" in (_read(folder / MODEL) if _has(folder) else {}):
+        return
+    dit = _config(DiTConfig, parts["dit"].meta.get("config"), parts["dit"].path)
+    name = preset_of(dit, 2 if "dit_low" in parts else 1)
+    if not _has(folder) or _read(folder / MODEL).get("name") != name:
+        head = {"name": name, "defaults": dataclasses.asdict(PRESETS[name])}
+        write_atomic(folder / MODEL, (json.dumps(head, indent=1) + "\n").encode())
 
+
+def _has(folder: Path) -> bool:
+    return (folder / MODEL).is_file()
+
+
+def load(name: str | Path = "pocket", dtype: str | None = None) -> Bundle:
+    """A model with its weights, named as in `outline`.
+
+    dtype: of the transformer's activations, "bfloat16" or "float32"; None for what the model says.
+    Weights keep their stored type, but become float32 where the activations are, and in the
+    autoencoder always.
     Raises: CheckpointError when a file is missing, damaged, or does not match the model's spec.
     """
-    folder, bundle = _folder(name), outline(name)
-    spec = specs(bundle.dit, bundle.vae, bundle.text)
+    bundle = outline(name)
+    if dtype is not None:
+        bundle = dataclasses.replace(bundle, dit=dataclasses.replace(bundle.dit, dtype=dtype))
     params, hashes = {}, {}
-    for part in PARTS:
-        path = folder / f"{part}.safetensors"
-        arrays, _ = load_arrays(path)
-        params[part] = unflatten(_match(arrays, flatten(abstract(spec[part])), path))
-        hashes[part] = hashlib.sha256(path.read_bytes()).hexdigest()
-    sizes = {part: dataclasses.asdict(getattr(bundle, part)) for part in PARTS}
-    hashes["model"] = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()
+    for part, spec in specs(bundle).items():
+        if part not in bundle.parts:
+            raise CheckpointError(f"{_folder(name)} has no file of the part {part!r}; restore it")
+        params[part], hashes[part] = _load(bundle.parts[part], spec, _wide(bundle, part))
+    for part in bundle.parts.keys() - params.keys():  # read when needed
+        if sums := _known(bundle.parts[part]):
+            hashes[part] = _hash(sums)
+    sizes = [[part, *_unusual(bundle.config(part))] for part in sorted(params)]
+    hashes["model"] = _hash(sizes)
     return dataclasses.replace(bundle, params=params, hashes=hashes)
+
+
+def weight_bytes(bundle: Bundle) -> int:
+    """Bytes of the weights that `load` holds in memory, in the types that it gives them."""
+    total = 0
+    for part, spec in specs(bundle).items():
+        for name, param in flatten(spec).items():
+            slot = bundle.parts[part].slots.get(name) if part in bundle.parts else None
+            narrow = slot is not None and slot.dtype in HALF and not _wide(bundle, part)
+            total += math.prod(param.shape) * (2 if narrow else 4)
+    return total
+
+
+def _wide(bundle: Bundle, part: str) -> bool:
+    """Whether the weights of a part become float32."""
+    return part in ("vae", "text") or bundle.dit.dtype == "float32"
 
 
 def _folder(name: str | Path) -> Path:
@@ -198,27 +281,52 @@ def _folder(name: str | Path) -> Path:
     return inside if str(name) == "pocket" else Path(name)
 
 
-def _match(arrays: dict[str, np.ndarray], wanted: dict, path) -> dict:
-    """Raises: CheckpointError listing what is missing, left over, misshapen or not finite."""
-    wrong = [f"{k} is missing" for k in sorted(set(wanted) - set(arrays))]
-    wrong += [f"{k} is not of this model" for k in sorted(set(arrays) - set(wanted))]
-    shared = [k for k in wanted if k in arrays]
+def _load(stored: Stored, spec: dict, wide: bool) -> tuple[dict, str]:
+    """A part on the device, array by array, and its hash.
+
+    Raises: CheckpointError listing what is missing, left over, misshapen or not finite.
+    """
+    wanted, slots = flatten(abstract(spec)), stored.slots
+    wrong = [f"{k} is missing" for k in sorted(set(wanted) - set(slots))]
+    wrong += [f"{k} is not of this model" for k in sorted(set(slots) - set(wanted))]
+    shared = [k for k in wanted if k in slots]
     wrong += [
-        f"{k} has shape {arrays[k].shape}, expected {wanted[k].shape}"
+        f"{k} has shape {slots[k].shape}, expected {wanted[k].shape}"
         for k in shared
-        if arrays[k].shape != wanted[k].shape
+        if slots[k].shape != wanted[k].shape
     ]
-    kinds = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
-    wrong += [f"{k} is {arrays[k].dtype}" for k in shared if arrays[k].dtype not in kinds]
-    wrong += [
-        f"{k} is not finite" for k in shared if not np.isfinite(arrays[k].astype(np.float32)).all()
-    ]
+    kinds = (*HALF, np.float32, np.float64)
+    wrong += [f"{k} is {slots[k].dtype}" for k in shared if slots[k].dtype not in kinds]
     if wrong:
-        raise CheckpointError(
-            f"{path}: "
-            f"{'; '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}"
-        )
-    return {k: jnp.asarray(arrays[k].astype(np.float32)) for k in wanted}
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CheckpointError(f"{stored.path}: {'; '.join(wrong[:5])}{more}")
+    arrays, found = {}, []
+    for name in wanted:
+        array = stored[name]
+        if not np.isfinite(array).all():
+            raise CheckpointError(f"{stored.path}: {name} is not finite; restore it")
+        found.append([name, str(array.dtype), list(array.shape), zlib.crc32(raw(array))])
+        keep = array.dtype in HALF and not wide
+        arrays[name] = jnp.asarray(array if keep else array.astype(np.float32))
+    return unflatten(arrays), _hash(found)
+
+
+def _known(stored: Stored) -> list:
+    """Names, types, shapes and checksums of what is on the disk; nothing where there are none."""
+    sums = [[k, str(s.dtype), list(s.shape), s.crc] for k, s in sorted(stored.slots.items())]
+    return sums if all(slot.pieces for slot in stored.slots.values()) else []
+
+
+def _unusual(config) -> list:
+    """Fields of a configuration that are not as in every other, so that a new field changes no
+    hash.
+    """
+    fields = ((f.name, getattr(config, f.name), f.default) for f in dataclasses.fields(config))
+    return [[name, value] for name, value, usual in fields if value != usual]
+
+
+def _hash(sums: list) -> str:
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
 def _narrow(name: str, weight, dtype: str) -> np.ndarray:
@@ -230,16 +338,17 @@ def _narrow(name: str, weight, dtype: str) -> np.ndarray:
 
 
 def save(folder, bundle: Bundle, dtype: str = "float16") -> None:
-    """Write a bundle as a folder that `load` reads; weights in `dtype`.
+    """Write a bundle whose parts are all in memory as a folder that `load` reads; weights in
+    `dtype`.
 
     Raises: InputError when a weight is too large for `dtype`; StorageError.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for part in PARTS:
-        flat = {k: _narrow(k, v, dtype) for k, v in flatten(bundle.params[part]).items()}
+    for part, params in bundle.params.items():
+        flat = {k: _narrow(k, v, dtype) for k, v in flatten(params).items()}
         save_arrays(folder / f"{part}.safetensors", flat)
     head = {"name": bundle.name} | {
-        k: dataclasses.asdict(getattr(bundle, k)) for k in ("dit", "vae", "text", "defaults")
+        k: dataclasses.asdict(getattr(bundle, k)) for k in (*OWN, "defaults")
     }
-    write_atomic(folder / "model.json", (json.dumps(head, indent=1) + "\n").encode())
+    write_atomic(folder / MODEL, (json.dumps(head, indent=1) + "\n").encode())

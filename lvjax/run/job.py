@@ -22,19 +22,25 @@ from lvjax.core.checkpoint import load_meta
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.io.video import FragmentedWriter
 from lvjax.run import card as cards
-from lvjax.run.bundle import Bundle, Defaults
-from lvjax.run.session import ClipResult, Request, Session, check_request, open_session
+from lvjax.run.bundle import Bundle
+from lvjax.run.defaults import Defaults
+from lvjax.run.request import Request
+from lvjax.run.session import ClipResult, Session, check_request, open_session
 from lvjax.run.state import chain, load_state, save_state, state_path
 
 PLAIN = {
     "frames": int,
-    "negative": str,
+    "negative": str | None,
     "steps": int | None,
-    "guidance": int | float | None,
+    "guidance": int | float | tuple | None,
     "seed": int,
-    "method": str,
+    "method": str | None,
+    "strength": int | float | None,
 }
 """Fields of a request that a card holds as they are, and their types."""
+
+PICTURES = ("start", "last")
+"""Fields of a request that a card holds as PNGs."""
 
 META = {"card": dict, "clip": int, "frame": int, "digest": str, "offsets": list}
 """What the state of a run holds beside its arrays, and the types."""
@@ -92,7 +98,9 @@ def options_of(request: Request, bundle: Bundle, model: str) -> dict[str, Any]:
     options = {k: getattr(request, k) for k in PLAIN}
     options["timelines"] = [[list(moment) for moment in row] for row in request.timelines]
     options["size"] = list(request.size or bundle.defaults.size)
-    options["start"] = None if request.start is None else _pngs(np.asarray(request.start))
+    for name in PICTURES:
+        given = getattr(request, name)
+        options[name] = None if given is None else _pngs(np.asarray(given))
     return options | {"model": model, "defaults": dataclasses.asdict(bundle.defaults)}
 
 
@@ -103,12 +111,14 @@ def request_of(options: dict[str, Any]) -> Request:
     """
     try:
         rows = tuple(tuple((float(t), str(p)) for t, p in row) for row in options["timelines"])
-        start = None if options["start"] is None else _unpngs(options["start"])
+        pictures = {k: options[k] for k in PICTURES}
+        pictures = {k: None if png is None else _unpngs(png) for k, png in pictures.items()}
         plain = {k: options[k] for k in PLAIN}
+        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
         if wrong := [k for k in PLAIN if not isinstance(plain[k], PLAIN[k])]:
             raise TypeError(f"{wrong[0]} is {plain[wrong[0]]!r}")
         height, width = map(int, options["size"])
-        return Request(rows, size=(height, width), start=start, **plain)
+        return Request(rows, size=(height, width), **pictures, **plain)
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError, OSError) as e:
         raise _of_another_version(e) from e
 
@@ -167,9 +177,10 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
     """Everything that makes the video, by the name to show, in a form that compares."""
     request = request_of(options)
     defaults = dataclasses.asdict(defaults_of(options))
-    sampler = {k: defaults.pop(k) for k in ("steps", "guidance")}
+    sampler = {k: defaults.pop(k) for k in ("steps", "guidance", "method", "negative")}
     del defaults["size"]  # a card has the size used
-    settings = {"prompts": request.timelines, "start frames": options["start"]}
+    settings = {"prompts": request.timelines}
+    settings |= {f"{name} frames": options.get(name) for name in PICTURES}
     settings |= {k: getattr(request, k) for k in ("size", *PLAIN)}
     settings |= {k: sampler[k] for k in sampler if settings[k] is None}
     return settings | {f"defaults.{k}": v for k, v in defaults.items()}
@@ -177,7 +188,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
 
 def _change(name: str, old, new) -> str:
     was, now = (v if len(v := repr(x)) <= 60 else f"{v[:57]}..." for x in (old, new))
-    if name == "start frames" or was == now:  # too long to show
+    if name.endswith(" frames") or was == now:  # too long to show
         return f"{name} differ"
     return f"{name} was {was}, is {now}"
 

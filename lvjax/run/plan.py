@@ -13,12 +13,13 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lvjax.core.errors import DoesNotFitError, StorageError
-from lvjax.core.params import flatten, num_bytes
+from lvjax.core.params import flatten
 from lvjax.flow.schedule import make_schedule
 from lvjax.flow.truncated import steps_needed
 from lvjax.kernels.attention import score_bytes
@@ -26,9 +27,10 @@ from lvjax.memory.cache import init_cache
 from lvjax.methods.error_free import memory_layers
 from lvjax.models.config import VAEConfig
 from lvjax.models.vae import vae_spec
-from lvjax.rollout.clipwise import MASK
-from lvjax.run.bundle import Bundle, specs
-from lvjax.run.session import Request, cuts, data_mesh
+from lvjax.rollout.condition import MASK
+from lvjax.run.bundle import Bundle, weight_bytes
+from lvjax.run.request import Request, resolved
+from lvjax.run.session import cuts, data_mesh
 from lvjax.run.state import state_path
 
 # bytes of the process once jax is up and the pocket programs are loaded, measured on the CPU
@@ -60,6 +62,22 @@ class Work:
     frames: int
     steps: int
     guided: bool
+    method: str = "error_free"
+
+
+class Shape(NamedTuple):
+    """What one clip is to the transformer and the autoencoder.
+
+    latents: frames of the clip.  bank: clips whose keys are seen, the clip itself among them.
+    kept: whether they are held in a bank.  passes: of the transformer.  encoded: latent frames that
+    the autoencoder makes of pictures.
+    """
+
+    latents: int
+    bank: int
+    kept: bool
+    passes: int
+    encoded: int
 
 
 @dataclass(frozen=True)
@@ -94,32 +112,46 @@ class Plan:
 
 def work_of(request: Request, bundle: Bundle, clip: int = 0) -> Work:
     """What a request asks of a model, from clip number `clip` on."""
-    d, parts = bundle.defaults, cuts(bundle.defaults, request)
+    parts, asked = cuts(bundle, request), resolved(bundle, request)
     return Work(
-        batch=len(request.timelines),
-        size=tuple(request.size or d.size),
+        batch=len(asked.timelines),
+        size=asked.size,
         clips=parts.clips - clip,
-        frames=request.frames - parts.begin(clip),
-        steps=d.steps if request.steps is None else request.steps,
-        guided=(d.guidance if request.guidance is None else request.guidance) != 1,
+        frames=asked.frames - parts.begin(clip),
+        steps=asked.steps,
+        guided=asked.guidance != 1,
+        method=asked.method,
     )
+
+
+def _shape(bundle: Bundle, work: Work) -> Shape:
+    """What a clip of this method is."""
+    d = bundle.defaults
+    steps = min(work.steps, 1000)  # a session refuses more
+    if work.method == "wan":
+        latents = 1 + (work.frames - 1) // MASK
+        return Shape(latents, 1, False, steps, latents * (bundle.dit.condition_channels > 0))
+    sigmas = make_schedule(steps, d.shift, d.solver).sigmas
+    passes = steps_needed(sigmas, d.window) + 1  # the last one to remember
+    return Shape(d.clip_latents, d.capacity, True, passes, d.overlap)
 
 
 def make_plan(bundle: Bundle, work: Work) -> Plan:
     """The plan of a run; of the bundle only the sizes and defaults are used."""
-    d, dit, vae = bundle.defaults, bundle.dit, bundle.vae
+    shape, dit, vae = _shape(bundle, work), bundle.dit, bundle.vae
     devices = data_mesh(work.batch).size
     shared = jax.default_backend() == "cpu"
     batch = work.batch // devices
     rows = batch * (2 if work.guided else 1)
     grid, tokens = _tokens(bundle, work)
-    bank = _bank_bytes(bundle, rows, grid)
-    scores = score_bytes(rows, dit.num_heads, tokens, d.capacity * tokens)
+    bank = _bank_bytes(bundle, rows, grid) if shape.kept else 0
+    scores = score_bytes(rows, dit.num_heads, tokens, shape.bank * tokens)
     activations = rows * tokens * (dit.ffn_dim + 12 * dit.dim) * 4
     picture = batch * math.prod(work.size) / vae.patch**2 * vae.base * 4
-    decoding = round(picture * (12 + 4 * MASK * (d.clip_latents - d.overlap)))
+    new = shape.latents - (shape.encoded if shape.kept else 0)
+    decoding = round(picture * (12 + 4 * MASK * new))
     memory = {
-        "weights": sum(num_bytes(s) for s in specs(dit, vae, bundle.text).values()),
+        "weights": weight_bytes(bundle),
         "memory of clips": round(BANKS * bank),
         "transformer": scores + activations,
         "autoencoder": decoding,
@@ -147,7 +179,7 @@ def _tokens(bundle: Bundle, work: Work) -> tuple[tuple[int, int], int]:
     """Tokens per latent frame as (height, width), and per clip."""
     unit = (bundle.vae.spatial_stride * p for p in bundle.dit.patch[1:])
     grid = tuple(n // u for n, u in zip(work.size, unit, strict=True))
-    return grid, bundle.defaults.clip_latents // bundle.dit.patch[0] * math.prod(grid)
+    return grid, _shape(bundle, work).latents // bundle.dit.patch[0] * math.prod(grid)
 
 
 def _layers(bundle: Bundle) -> tuple[int, int]:
@@ -166,19 +198,17 @@ def _clip_flops(bundle: Bundle, work: Work, rows: int, batch: int) -> float:
     """Floating-point operations of one clip on one device: the transformer once per step of the
     sampler that T-RFlow runs and once to remember, then decoding, and encoding the overlap.
     """
-    d, dit, vae = bundle.defaults, bundle.dit, bundle.vae
+    shape, dit, vae = _shape(bundle, work), bundle.dit, bundle.vae
     _, tokens = _tokens(bundle, work)
-    steps = min(work.steps, 1000)  # a session refuses more
-    sigmas = make_schedule(steps, d.shift, d.solver).sigmas
-    passes = steps_needed(sigmas, d.window) + 1
     first, last = _layers(bundle)
-    seen = dit.num_layers * (tokens + dit.text_len) + (last - first) * (d.capacity - 1) * tokens
+    seen = dit.num_layers * (tokens + dit.text_len) + (last - first) * (shape.bank - 1) * tokens
     products = dit.num_layers * (6 * dit.dim + 2 * dit.ffn_dim)
     transformer = tokens * dit.dim * (2 * products + 4 * seen)
     size = tuple(n // vae.spatial_stride for n in work.size)
-    pictures = _vae_flops(vae, "decoder", d.clip_latents, size)
-    pictures += _vae_flops(vae, "encoder", d.overlap, size)
-    return rows * passes * transformer + batch * pictures
+    pictures = _vae_flops(vae, "decoder", shape.latents, size)
+    if shape.encoded:
+        pictures += _vae_flops(vae, "encoder", shape.encoded, size)
+    return rows * shape.passes * transformer + batch * pictures
 
 
 def _vae_flops(vae: VAEConfig, part: str, latents: int, size: tuple[int, int]) -> float:

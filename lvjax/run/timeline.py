@@ -60,34 +60,35 @@ class Cuts:
         return bisect_right(timeline, self._until(clip), key=lambda moment: moment[0]) - 1
 
 
-def notices(timelines: Iterable[Timeline], negative: str, cuts: Cuts) -> tuple[str, ...]:
-    """What the user should know: words that the model does not know or read, prompts that are
-    never shown.
-    """
-    timelines = dict.fromkeys(timelines)
-    texts = dict.fromkeys([p for row in timelines for _, p in row] + [negative])
-    missed = dict.fromkeys(moment for row in timelines for moment in cuts.missed(row))
+def word_notices(texts: Iterable[str]) -> list[str]:
+    """What the user should know about words that the pocket model does not know or read."""
     unknown, cut, wordless = {}, {}, []
-    for text in texts:
+    for text in dict.fromkeys(texts):
         encoded = encode(text)
         if text and not encoded.ids.any() and not encoded.unknown:
             wordless.append(text)
         unknown |= dict(encoded.unknown)
         cut |= {text: encoded.cut} if encoded.cut else {}
-    return tuple(_wordless(wordless) + _unknown(unknown) + _cut(cut) + _missed(list(missed), cuts))
+    return _wordless(wordless) + _unknown(unknown) + _cut(cut)
+
+
+def missed_notices(timelines: Iterable[Timeline], cuts: Cuts) -> list[str]:
+    """What the user should know about prompts that are never shown."""
+    timelines = dict.fromkeys(timelines)
+    return _missed(list(dict.fromkeys(m for row in timelines for m in cuts.missed(row))), cuts)
 
 
 def _wordless(texts: list[str]) -> list[str]:
     if not texts:
         return []
     more = _and(len(texts) - 1)
-    return [f"the prompt {_short(texts[0])}{more} holds no word, so the model follows none"]
+    return [f"the prompt {short(texts[0])}{more} holds no word, so the model follows none"]
 
 
 def _unknown(words: dict[str, str | None]) -> list[str]:
     if not words:
         return []
-    shown = [f"{_short(w)} (nearest: {near!r})" if near else _short(w) for w, near in words.items()]
+    shown = [f"{short(w)} (nearest: {near!r})" if near else short(w) for w, near in words.items()]
     listed = ", ".join(sorted(shown)[:SHOWN]) + _and(len(shown) - SHOWN)
     return [f"the model does not know {listed}; `lvjax info` lists its {len(VOCABULARY)} words"]
 
@@ -96,9 +97,9 @@ def _cut(prompts: dict[str, list[str]]) -> list[str]:
     if not prompts:
         return []
     (text, words), others = next(iter(prompts.items())), len(prompts) - 1
-    listed = ", ".join(map(_short, words[:SHOWN])) + _and(len(words) - SHOWN)
+    listed = ", ".join(map(short, words[:SHOWN])) + _and(len(words) - SHOWN)
     return [
-        f"the model reads {MAX_WORDS} words that it knows; of the prompt {_short(text)}"
+        f"the model reads {MAX_WORDS} words that it knows; of the prompt {short(text)}"
         f"{_and(others)} the rest is left out ({listed}); say less"
     ]
 
@@ -109,7 +110,7 @@ def _missed(moments: list[tuple[float, str]], cuts: Cuts) -> list[str]:
     (second, text), others = moments[0], len(moments) - 1
     begins = ", ".join(f"{cuts.begin(i) / cuts.fps:g}" for i in range(min(cuts.clips, 4)))
     return [
-        f"the prompt {_short(text)} at {second:g} s{_and(others)} will not be shown: a prompt "
+        f"the prompt {short(text)} at {second:g} s{_and(others)} will not be shown: a prompt "
         f"holds for whole clips, and they begin at {begins}{' ...' if cuts.clips > 4 else ''} s in "
         f"{cuts.frames / cuts.fps:g} s of video; move it, or make the video longer"
     ]
@@ -119,5 +120,6 @@ def _and(others: int) -> str:
     return f" (and {others} more)" if others > 0 else ""
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """A text for a message."""
     return repr(text if len(text) <= 60 else f"{text[:57]}...")

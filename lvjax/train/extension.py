@@ -17,7 +17,7 @@ from lvjax.models.config import DiTConfig
 from lvjax.models.dit import dit, embed_context
 from lvjax.models.pocket_text import PocketTextConfig, encode_text
 from lvjax.nn.rope import axis_pairs, grid_table
-from lvjax.rollout.clipwise import blank
+from lvjax.rollout.condition import blank
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ExtensionTask:
       1)·u).
     memory_layers: the DiT layers that see earlier clips.  stride: new latent frames per clip.
     object_weight: by how much more the error counts where an object is.  fill: what stands for
-    frames that are not given, see `rollout.clipwise.blank`.
+    frames that are not given, see `rollout.condition.blank`.
     """
 
     given: tuple[float, ...] = (0.1, 0.5, 0.4)

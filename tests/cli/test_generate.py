@@ -223,7 +223,7 @@ def test_config_and_set_reach_everything(model, tmp_path):
         (["--prompt", "x", "--set", "defaults.shft=1"], 2, "'shift'"),
         (["--prompt", "x", "--config", "nothing"], 2, "pocket"),
         (["--prompt", "x", "--size", "8192x8192"], 4, "fit"),
-        (["--prompt", "x", "--model", "nowhere"], 3, "model.json"),
+        (["--prompt", "x", "--model", "nowhere"], 3, "no model"),
     ],
 )
 def test_bad_input_is_one_line_with_its_exit_code(model, tmp_path, capsys, args, code, message):
@@ -289,13 +289,19 @@ def test_weights_that_overflow_stop_the_run(model, tmp_path, capsys):
 
 
 def test_the_plan_comes_before_the_weights(model, tmp_path, capsys):
-    """With unreadable weights the plan is printed all the same."""
+    """With damaged weights the plan is printed all the same."""
     shutil.copytree(model, tmp_path / "cut")
     weights = tmp_path / "cut" / "dit.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
+    data = bytearray(weights.read_bytes())
+    data[-9] ^= 4
+    weights.write_bytes(data)
     assert generate(str(tmp_path / "cut"), tmp_path / "a.mp4", *PROMPTS) == 3
     printed = capsys.readouterr()
     assert printed.out.startswith("plan: ") and "dit.safetensors" in printed.err
+    weights.write_bytes(data[:1000])  # sizes that cannot be read come before any plan
+    assert generate(str(tmp_path / "cut"), tmp_path / "a.mp4", *PROMPTS) == 3
+    printed = capsys.readouterr()
+    assert not printed.out and "dit.safetensors" in printed.err
 
 
 def test_a_json_file_of_the_user_is_not_touched(model, tmp_path, capsys):

@@ -207,7 +207,7 @@ def test_values_that_no_run_can_have(command, tmp_path, capsys, change, message)
 
 def test_a_start_that_is_no_model(command, tmp_path, capsys):
     assert main(command("start='nowhere'")) == 3
-    assert "model.json" in said(capsys) and not (tmp_path / "run").exists()
+    assert "no model" in said(capsys) and not (tmp_path / "run").exists()
 
 
 def test_minutes_must_be_positive(command, capsys):

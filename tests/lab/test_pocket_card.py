@@ -40,7 +40,7 @@ def test_the_card_shows_the_figures():
 
 def test_the_card_counts_the_parameters():
     pocket = load("pocket")
-    for part, spec in specs(pocket.dit, pocket.vae, pocket.text).items():
+    for part, spec in specs(pocket).items():
         row = {"dit": "transformer", "vae": "autoencoder", "text": "text encoder"}[part]
         shown = float(re.search(rf"^\| {row} \|.*\| ([\d.]+) M \|$", CARD, re.M)[1])
         assert abs(shown - count(spec) / 1e6) < 0.06, (part, count(spec))

@@ -2,7 +2,8 @@
 """The autoencoder without a reference: streaming, causality, gradients, tiles, errors."""
 
 import re
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ import pytest
 
 from lvjax.core import params as P
 from lvjax.core.errors import InputError
-from lvjax.models import vae
-from lvjax.models.config import WAN_VAE_2_1, VAEConfig
+from lvjax.models import vae, vae_blocks
+from lvjax.models.config import WAN_VAE_2_1, WAN_VAE_2_2, VAEConfig
 
 CFG = VAEConfig(
     base=8,
@@ -25,12 +26,15 @@ CFG = VAEConfig(
     std=(1.0, 2.0, 0.5, 1.5),
 )
 
-encode_start = jax.jit(partial(vae.encode_start, cfg=CFG))
-encode_step = jax.jit(partial(vae.encode_step, cfg=CFG))
-decode_start = jax.jit(partial(vae.decode_start, cfg=CFG))
-decode_step = jax.jit(partial(vae.decode_step, cfg=CFG))
-decode = jax.jit(partial(vae.decode, cfg=CFG, clamp=False), static_argnames="piece")
-encode = jax.jit(partial(vae.encode, cfg=CFG), static_argnames="piece")
+RESIDUAL = replace(CFG, residual=True, decoder_base=12)
+
+encode_start = jax.jit(vae.encode_start, static_argnames="cfg")
+encode_step = jax.jit(vae.encode_step, static_argnames="cfg")
+decode_start = jax.jit(vae.decode_start, static_argnames="cfg")
+decode_step = jax.jit(vae.decode_step, static_argnames="cfg")
+decode = jax.jit(partial(vae.decode, clamp=False), static_argnames=("cfg", "piece"))
+encode = jax.jit(vae.encode, static_argnames=("cfg", "piece"))
+both = pytest.mark.parametrize("cfg", [CFG, RESIDUAL], ids=["2.1", "2.2"])
 
 
 def close(a, b):
@@ -38,8 +42,8 @@ def close(a, b):
     return np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
 
 
-@pytest.fixture(scope="module")
-def params():
+@cache
+def params(cfg):
     """Every leaf at random, so that no bias or gain hides behind its neutral value."""
     rng = np.random.default_rng(0)
 
@@ -47,7 +51,7 @@ def params():
         scale = 0.1 if len(p.shape) == 1 else np.prod(p.shape[:-1]) ** -0.5
         return jnp.asarray((p.init == "ones") + scale * rng.normal(size=p.shape), jnp.float32)
 
-    return P.map_spec(draw, vae.vae_spec(CFG))
+    return P.map_spec(draw, vae.vae_spec(cfg))
 
 
 @pytest.fixture(scope="module")
@@ -60,74 +64,83 @@ def video():
     return jax.random.uniform(jax.random.key(3), (1, 13, 16, 24, 3), minval=-1.0, maxval=1.0)
 
 
-def stream(params, latents, pieces):
-    state, first = decode_start(params, latents[:, 0])
+def stream(cfg, latents, pieces):
+    state, first = decode_start(params(cfg), latents[:, 0], cfg)
     out, start = [first], 1
     for n in pieces:
-        state, frames = decode_step(params, state, latents[:, start : start + n])
+        state, frames = decode_step(params(cfg), state, latents[:, start : start + n], cfg)
         out, start = [*out, frames], start + n
     return jnp.concatenate(out, axis=1)
 
 
-def test_sizes_of_the_published_autoencoder():
+def test_sizes_of_the_published_autoencoders():
     assert P.count(vae.vae_spec(WAN_VAE_2_1)) == 126_892_531
+    assert P.count(vae.vae_spec(WAN_VAE_2_2)) == 704_688_668
     assert (WAN_VAE_2_1.spatial_stride, WAN_VAE_2_1.temporal_stride) == (8, 4)
+    assert (WAN_VAE_2_2.spatial_stride, WAN_VAE_2_2.temporal_stride) == (16, 4)
     assert (CFG.spatial_stride, CFG.temporal_stride) == (8, 4)
 
 
-def test_decode_is_the_stream_bit_for_bit(params, latents):
-    whole = decode(params, latents)
+@both
+def test_decode_is_the_stream_bit_for_bit(cfg, latents):
+    whole = decode(params(cfg), latents, cfg)
     assert whole.shape == (1, 13, 16, 24, 3) and whole.dtype == jnp.float32
-    np.testing.assert_array_equal(whole, stream(params, latents, (1, 1, 1)))
+    np.testing.assert_array_equal(whole, stream(cfg, latents, (1, 1, 1)))
 
 
+@both
 @pytest.mark.parametrize("piece", [2, "all"])
-def test_piece_changes_only_rounding(params, latents, piece):
-    assert close(decode(params, latents, piece=piece), decode(params, latents))
+def test_piece_changes_only_rounding(cfg, latents, piece):
+    whole = decode(params(cfg), latents, cfg)
+    assert close(decode(params(cfg), latents, cfg, piece=piece), whole)
 
 
-def test_a_stream_may_take_several_latents_at_once(params, latents):
-    assert close(stream(params, latents, (1, 2)), decode(params, latents))
+@both
+def test_a_stream_may_take_several_latents_at_once(cfg, latents):
+    assert close(stream(cfg, latents, (1, 2)), decode(params(cfg), latents, cfg))
 
 
-def test_encode_is_the_stream_bit_for_bit(params, video):
-    state, first = encode_start(params, video[:, :1])
+@both
+def test_encode_is_the_stream_bit_for_bit(cfg, video):
+    state, first = encode_start(params(cfg), video[:, :1], cfg)
     out = [first]
     for start in (1, 5, 9):
-        state, z = encode_step(params, state, video[:, start : start + 4])
+        state, z = encode_step(params(cfg), state, video[:, start : start + 4], cfg)
         out.append(z)
-    whole = encode(params, video)
-    assert whole.shape == (1, 4, 2, 3, CFG.z)
+    whole = encode(params(cfg), video, cfg)
+    assert whole.shape == (1, 4, 2, 3, cfg.z)
     np.testing.assert_array_equal(whole, jnp.concatenate(out, axis=1))
-    assert close(encode(params, video, piece="all"), whole)
+    assert close(encode(params(cfg), video, cfg, piece="all"), whole)
 
 
-def test_later_frames_change_nothing_before_them(params, latents, video):
-    before = decode(params, latents)
-    after = decode(params, latents.at[:, 2:].add(1.0))
+@both
+def test_later_frames_change_nothing_before_them(cfg, latents, video):
+    before = decode(params(cfg), latents, cfg)
+    after = decode(params(cfg), latents.at[:, 2:].add(1.0), cfg)
     np.testing.assert_array_equal(after[:, :5], before[:, :5])
     assert np.all(np.abs(after[:, 5:] - before[:, 5:]).max(axis=(0, 2, 3, 4)) > 0)
-    before = encode(params, video)
-    after = encode(params, video.at[:, 5:].add(0.5))
+    before = encode(params(cfg), video, cfg)
+    after = encode(params(cfg), video.at[:, 5:].add(0.5), cfg)
     np.testing.assert_array_equal(after[:, :2], before[:, :2])
     assert np.all(np.abs(after[:, 2:] - before[:, 2:]).max(axis=(0, 2, 3, 4)) > 0)
 
 
-def test_a_prefix_decodes_to_a_prefix_clamped(params, latents):
-    prefix = jax.jit(partial(vae.decode, cfg=CFG))(params, 2 * latents[:, :2])
+def test_a_prefix_decodes_to_a_prefix_clamped(latents):
+    prefix = jax.jit(partial(vae.decode, cfg=CFG))(params(CFG), 2 * latents[:, :2])
     assert np.abs(prefix).max() == 1
-    assert close(prefix, jnp.clip(decode(params, 2 * latents)[:, :5], -1, 1))
+    assert close(prefix, jnp.clip(decode(params(CFG), 2 * latents, CFG)[:, :5], -1, 1))
 
 
-def test_gradient_reaches_every_parameter(params, video):
+@both
+def test_gradient_reaches_every_parameter(cfg, video):
     def loss(params):
-        mean, logvar = vae.encode_moments(params, video[:, :5], CFG)
-        z = vae.normalise(mean, CFG)
-        error = vae.decode(params, z, CFG, piece="all", clamp=False) - video[:, :5]
+        mean, logvar = vae.encode_moments(params, video[:, :5], cfg)
+        z = vae.normalise(mean, cfg)
+        error = vae.decode(params, z, cfg, piece="all", clamp=False) - video[:, :5]
         return jnp.mean(jnp.abs(error)) + jnp.mean(logvar**2)
 
-    grads = P.flatten(jax.jit(jax.grad(loss))(params))
-    assert grads.keys() == P.flatten(vae.vae_spec(CFG)).keys()
+    grads = P.flatten(jax.jit(jax.grad(loss))(params(cfg)))
+    assert grads.keys() == P.flatten(vae.vae_spec(cfg)).keys()
     for path, g in grads.items():
         assert np.all(np.isfinite(g)), path
         assert np.abs(g).max() > 0, path
@@ -142,9 +155,10 @@ def test_normalise_and_fold_have_inverses(latents, video):
     np.testing.assert_array_equal(folded, video[:, :, row::2, column::2, colour])
 
 
-def test_bfloat16_parameters_decode_in_bfloat16(params, latents):
-    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
-    (_, exact), (_, y) = decode_start(params, latents[:, 0]), decode_start(half, latents[:, 0])
+@both
+def test_bfloat16_parameters_decode_in_bfloat16(cfg, latents):
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params(cfg))
+    (_, exact), (_, y) = (decode_start(p, latents[:, 0], cfg) for p in (params(cfg), half))
     assert y.dtype == jnp.float32
     assert 1e-4 < np.linalg.norm(y - exact) / np.linalg.norm(exact) < 5e-2
 
@@ -159,24 +173,46 @@ def test_other_topologies(mult, down):
     assert jax.eval_shape(partial(vae.decode, cfg=cfg), params, z).shape == video.shape
 
 
-def test_one_tile_is_no_tiling(params, latents):
-    tiled = vae.decode_tiled(params, latents[:, :1], CFG, tile=3, overlap=0)
-    assert close(tiled, jnp.clip(decode_start(params, latents[:, 0])[1], -1, 1))
+@both
+def test_one_tile_is_no_tiling(cfg, latents):
+    tiled = vae.decode_tiled(params(cfg), latents[:, :1], cfg, tile=3, overlap=0)
+    assert close(tiled, jnp.clip(decode_start(params(cfg), latents[:, 0], cfg)[1], -1, 1))
 
 
-def test_errors(params, video, latents):
+def test_a_single_frame_starts_from_zeros_in_time():
+    """Half the channels of a shortcut that halves time: the mean over a frame of zeros."""
+    frame = jnp.ones((1, 1, 4, 4, 3))
+    folded = vae_blocks.average_down(frame, True, 6, (2, 2, 2))
+    np.testing.assert_array_equal(
+        folded, jnp.tile(jnp.array([0.0, 1.0]), 3) * jnp.ones((1, 1, 2, 2, 6))
+    )
+
+
+def test_shortcuts_that_do_not_divide_are_refused():
+    for mult in ((1, 3, 3), (1, 2, 4)):
+        with pytest.raises(InputError, match=re.escape(f"VAEConfig.dim_mult is {mult}")):
+            replace(RESIDUAL, dim_mult=mult)
+        replace(CFG, dim_mult=mult)
+    with pytest.raises(InputError, match="VAEConfig.residual is 1; give True or False"):
+        replace(CFG, residual=1)
+    with pytest.raises(InputError, match="VAEConfig.decoder_base is 0"):
+        replace(CFG, decoder_base=0)
+
+
+def test_errors(video, latents):
+    p = params(CFG)
     for frames, near in ((3, "1 and 5"), (12, "9 and 13")):
         with pytest.raises(InputError, match=f"video has {frames} frames.* nearest are {near}"):
-            vae.encode(params, video[:, :frames], CFG)
+            vae.encode(p, video[:, :frames], CFG)
     with pytest.raises(InputError, match="height is 15 .*divide by 8: the nearest are 8 and 16"):
-        vae.encode(params, video[:, :1, :15], CFG)
+        vae.encode(p, video[:, :1, :15], CFG)
     with pytest.raises(InputError, match="width is 5 .*the nearest are 8 and 16"):
-        vae.encode_start(params, video[:, :1, :, :5], CFG)
+        vae.encode_start(p, video[:, :1, :, :5], CFG)
     with pytest.raises(InputError, match="multiple of 4"):
-        vae.encode_step(params, {}, video[:, :3], CFG)
+        vae.encode_step(p, {}, video[:, :3], CFG)
     with pytest.raises(InputError, match="axis C must be 4"):
-        vae.decode(params, latents[..., :3], CFG)
+        vae.decode(p, latents[..., :3], CFG)
     with pytest.raises(InputError, match=re.escape("piece=0; give a number")):
-        vae.decode(params, latents, CFG, piece=0)
+        vae.decode(p, latents, CFG, piece=0)
     with pytest.raises(InputError, match="overlap must be less than the tile"):
-        vae.decode_tiled(params, latents, CFG, tile=2, overlap=2)
+        vae.decode_tiled(p, latents, CFG, tile=2, overlap=2)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The autoencoder against diffusers' AutoencoderKLWan with random weights, and its rule tables."""
+"""The Wan 2.1 autoencoder against diffusers' with random weights, and its rule tables."""
 
-import re
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,23 @@ from lvjax.core.errors import CheckpointError
 from lvjax.models import vae, vae_blocks
 from lvjax.models.config import WAN_VAE_2_1, VAEConfig
 from lvjax.nn import conv
+from tests.parity.vae_oracle import (
+    NOTICED,
+    QUICKLY,
+    TOLERANCE,
+    arrays,
+    compiled,
+    difference,
+    draw_latents,
+    draw_video,
+    official_name,
+    parameters,
+    posterior,
+    reference,
+    stream_differences,
+    torch_decode,
+)
 
-TOLERANCE = 1e-5
 STATISTICS = {"mean": (0.1, -0.2, 0.3, 0.0), "std": (1.0, 2.0, 0.5, 1.5)}
 WAN = VAEConfig(base=16, z=4, **STATISTICS)
 POCKET = VAEConfig(
@@ -29,128 +43,34 @@ POCKET = VAEConfig(
     res_blocks=1,
     **STATISTICS,
 )
+both = pytest.mark.parametrize("cfg", [WAN, POCKET], ids=["wan", "pocket"])
 
 
-def difference(a, b):
-    a, b = np.asarray(a), np.asarray(b)
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
-
-
-def reference(cfg):
-    """diffusers' model of `cfg`, every parameter drawn anew (gains and biases too)."""
-    import torch
-    from diffusers import AutoencoderKLWan
-
-    torch.manual_seed(0)
-    folded = {"patch_size": cfg.patch, "in_channels": 12, "out_channels": 12}
-    model = AutoencoderKLWan(
-        base_dim=cfg.base,
-        z_dim=cfg.z,
-        dim_mult=list(cfg.dim_mult),
-        num_res_blocks=cfg.res_blocks,
-        temperal_downsample=list(cfg.temporal_down),
-        **(folded if cfg.patch > 1 else {}),
-    ).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn_like(p)
-            if name.endswith("gamma"):
-                p.copy_(1 + 0.3 * noise)
-            else:
-                p.copy_(0.1 * noise if p.ndim == 1 else noise / p[0].numel() ** 0.5)
-    return model
-
-
-@pytest.fixture(scope="module", params=[WAN, POCKET], ids=["wan", "pocket"])
-def pair(request):
-    cfg = request.param
-    model = reference(cfg)
-    arrays = {name: a.numpy() for name, a in model.state_dict().items()}
-    params = convert(arrays, vae_rules(cfg, "diffusers"), vae.vae_spec(cfg))
-    return model, cfg, jax.tree.map(jnp.asarray, params)
-
-
-@cache
-def compiled(name, cfg):
-    """The named function of `vae`, compiled once for all tests of a configuration."""
-    return jax.jit(partial(getattr(vae, name), cfg=cfg))
-
-
-def in_chunks(coder, cfg, params, x, size):
-    """`encode` or `decode` as the stream it is defined by: two programs for every length."""
-    state, y = compiled(f"{coder}_start", cfg)(params, x[:, :1])
-    out = [y]
-    for start in range(1, x.shape[1], size):
-        state, y = compiled(f"{coder}_step", cfg)(params, state, x[:, start : start + size])
-        out.append(y)
-    return np.concatenate(out, axis=1)
-
-
-def torch_encode(model, cfg, video):
-    """Normalised latents of diffusers."""
-    import torch
-
-    with torch.no_grad():
-        mean = model.encode(torch.from_numpy(video).permute(0, 4, 1, 2, 3)).latent_dist.mean
-    return np.asarray(vae.normalise(mean.permute(0, 2, 3, 4, 1).numpy(), cfg))
-
-
-def torch_decode(model, cfg, latents):
-    import torch
-
-    z = torch.from_numpy(np.array(vae.denormalise(latents, cfg))).permute(0, 4, 1, 2, 3)
-    with torch.no_grad():
-        return model.decode(z).sample.permute(0, 2, 3, 4, 1).numpy()
-
-
-def draw_latents(frames, h, w, seed=0):
-    return np.random.default_rng(seed).normal(size=(1, frames, h, w, 4)).astype(np.float32)
-
-
+@both
 @pytest.mark.parametrize("frames", [1, 5, 17])
-def test_encode_and_decode(pair, frames):
-    model, cfg, params = pair
-    video = np.random.default_rng(frames).uniform(-1, 1, (1, frames, 16, 24, 3)).astype(np.float32)
-    expected = torch_encode(model, cfg, video)
-    latents = in_chunks("encode", cfg, params, video, cfg.temporal_stride)
-    assert difference(latents, expected) <= TOLERANCE
-    pixels = np.clip(in_chunks("decode", cfg, params, expected, 1), -1, 1)
-    assert difference(pixels, torch_decode(model, cfg, expected)) <= TOLERANCE
+def test_encode_and_decode(cfg, frames):
+    encoded, decoded = stream_differences(cfg, frames)
+    assert encoded <= TOLERANCE and decoded <= TOLERANCE
 
 
-@pytest.fixture(scope="module")
-def pocket():
-    model = reference(POCKET)
-    arrays = {name: a.numpy() for name, a in model.state_dict().items()}
-    return model, jax.tree.map(
-        jnp.asarray, convert(arrays, vae_rules(POCKET, "diffusers"), vae.vae_spec(POCKET))
-    )
+def test_moments():
+    video = draw_video(POCKET, 9, 2, 3)
+    ours = compiled("encode_moments", POCKET)(parameters(POCKET), video)
+    for a, b in zip(ours, posterior(POCKET, video), strict=True):
+        assert difference(a, b) <= TOLERANCE
 
 
-def test_moments(pocket):
-    import torch
-
-    model, params = pocket
-    video = np.random.default_rng(7).uniform(-1, 1, (1, 9, 16, 24, 3)).astype(np.float32)
-    with torch.no_grad():
-        posterior = model.encode(torch.from_numpy(video).permute(0, 4, 1, 2, 3)).latent_dist
-    ours = compiled("encode_moments", POCKET)(params, video)
-    for a, b in zip(ours, (posterior.mean, posterior.logvar), strict=True):
-        assert difference(a, b.permute(0, 2, 3, 4, 1).numpy()) <= TOLERANCE
-
-
-def test_tiled_decode(pocket):
+def test_tiled_decode():
     """Tiles of 4 latent pixels, 1 of them overlap, over a picture that leaves smaller tiles."""
-    model, params = pocket
-    latents = draw_latents(1, 6, 7)
+    model, latents = reference(POCKET), draw_latents(POCKET, 1, 6, 7)
     model.enable_tiling(32, 32, 24, 24)
     try:
-        expected = torch_decode(model, POCKET, latents)
+        expected = torch_decode(POCKET, latents)
     finally:
         model.use_tiling = False
-    tiled = vae.decode_tiled(params, latents, POCKET, tile=4, overlap=1)
+    tiled = vae.decode_tiled(parameters(POCKET), latents, POCKET, tile=4, overlap=1)
     assert difference(tiled, expected) <= TOLERANCE
-    assert difference(torch_decode(model, POCKET, latents), expected) > 1e-3
+    assert difference(torch_decode(POCKET, latents), expected) > NOTICED
 
 
 def swap_halves(params, monkeypatch):
@@ -201,60 +121,28 @@ MUTATIONS = [swap_halves, stale_history, plain_norm, first_frame_in_history]
 
 
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda f: f.__name__)
-def test_a_wrong_network_is_noticed(pocket, mutate, monkeypatch):
-    model, params = pocket
-    params = mutate(params, monkeypatch)
-    latents = draw_latents(3, 2, 2)
-    decode = jax.jit(lambda params, latents: vae.decode(params, latents, POCKET, piece="all"))
-    assert difference(decode(params, latents), torch_decode(model, POCKET, latents)) > 1e-3
+def test_a_wrong_network_is_noticed(mutate, monkeypatch):
+    params = mutate(parameters(POCKET), monkeypatch)
+    latents = draw_latents(POCKET, 3, 2, 2)
+    decode = jax.jit(partial(vae.decode, cfg=POCKET, piece="all"), compiler_options=QUICKLY)
+    assert difference(decode(params, latents), torch_decode(POCKET, latents)) > NOTICED
 
 
-OFFICIAL_NAMES = [  # diffusers -> official, for the published topology
-    (r"^quant_conv", r"conv1"),
-    (r"^post_quant_conv", r"conv2"),
-    (r"(encoder|decoder)\.conv_in", r"\1.conv1"),
-    (r"(encoder|decoder)\.norm_out", r"\1.head.0"),
-    (r"(encoder|decoder)\.conv_out", r"\1.head.2"),
-    (r"mid_block\.resnets\.0", r"middle.0"),
-    (r"mid_block\.attentions\.0", r"middle.1"),
-    (r"mid_block\.resnets\.1", r"middle.2"),
-    (r"down_blocks\.(\d+)", r"downsamples.\1"),
-    (r"\.norm1\.", r".residual.0."),
-    (r"(downsamples\.\d+|resnets\.\d|middle\.\d)\.conv1\.", r"\1.residual.2."),
-    (r"\.norm2\.", r".residual.3."),
-    (r"(downsamples\.\d+|resnets\.\d|middle\.\d)\.conv2\.", r"\1.residual.6."),
-    (r"conv_shortcut", r"shortcut"),
-]
-
-
-def official_name(name):
-    for pattern, new in OFFICIAL_NAMES:
-        name = re.sub(pattern, new, name)
-    name = re.sub(
-        r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"upsamples.{4 * int(m[1]) + int(m[2])}", name
-    )
-    return re.sub(
-        r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"upsamples.{4 * int(m[1]) + 3}", name
-    )
-
-
-@pytest.mark.parametrize("pair", [WAN], ids=["wan"], indirect=True)
-def test_official_names_give_the_same_parameters(pair):
-    model, cfg, params = pair
-    arrays = {official_name(name): a.numpy() for name, a in model.state_dict().items()}
+def test_official_names_give_the_same_parameters():
+    renamed = {official_name(name, WAN): a for name, a in arrays(WAN).items()}
     assert {"conv1.weight", "decoder.upsamples.3.time_conv.weight", "encoder.head.0.gamma"} <= set(
-        arrays
+        renamed
     )
-    again = convert(arrays, vae_rules(cfg, "official"), vae.vae_spec(cfg))
-    jax.tree.map(np.testing.assert_array_equal, again, params)
+    again = convert(renamed, vae_rules(WAN, "official"), vae.vae_spec(WAN))
+    jax.tree.map(np.testing.assert_array_equal, again, parameters(WAN))
 
 
-def test_transforms_have_inverses(pair):
-    model, cfg, _ = pair
+@both
+def test_transforms_have_inverses(cfg):
     rules = {rule.source: rule for rule in vae_rules(cfg, "diffusers")}
-    for name, a in model.state_dict().items():
+    for name, a in arrays(cfg).items():
         transform = TRANSFORMS[rules[name].transform]
-        np.testing.assert_array_equal(transform.inverse(transform.forward(a.numpy())), a.numpy())
+        np.testing.assert_array_equal(transform.inverse(transform.forward(a)), a)
 
 
 def test_the_table_of_the_published_model_fills_its_spec():
@@ -265,15 +153,15 @@ def test_the_table_of_the_published_model_fills_its_spec():
     assert set(P.flatten(vae.vae_spec(WAN_VAE_2_1))) <= set(targets)
 
 
-def test_a_wrong_checkpoint_is_refused(pair):
-    model, cfg, _ = pair
-    arrays = {name: a.numpy() for name, a in model.state_dict().items()}
+@both
+def test_a_wrong_checkpoint_is_refused(cfg):
+    own = arrays(cfg)
     rules, spec = vae_rules(cfg, "diffusers"), vae.vae_spec(cfg)
-    strange = arrays | {f"decoder.extra.{i}": np.zeros(1) for i in range(7)}
+    strange = own | {f"decoder.extra.{i}": np.zeros(1) for i in range(7)}
     with pytest.raises(CheckpointError, match="7 arrays have no place .*extra.4 and 2 more"):
         convert(strange, rules, spec)
-    less = {k: v for k, v in arrays.items() if k != "decoder.conv_in.bias"}
+    less = {k: v for k, v in own.items() if k != "decoder.conv_in.bias"}
     with pytest.raises(CheckpointError, match="1 arrays are missing: decoder/conv_in/bias"):
         convert(less, rules, spec)
     with pytest.raises(CheckpointError, match=r"other shapes: decoder.conv_in.bias \[3\]"):
-        convert(arrays | {"decoder.conv_in.bias": np.zeros(3)}, rules, spec)
+        convert(own | {"decoder.conv_in.bias": np.zeros(3)}, rules, spec)

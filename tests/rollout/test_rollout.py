@@ -24,7 +24,8 @@ from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.dit import dit, dit_spec, embed_context
 from lvjax.models.vae import encode, vae_spec
 from lvjax.nn.rope import grid_table, rotate
-from lvjax.rollout.clipwise import Clip, blank, condition, first_condition, pin, shard_state
+from lvjax.rollout.clipwise import Clip, shard_state
+from lvjax.rollout.condition import blank, condition, first_condition, pin
 from lvjax.rollout.method import Method, _step, compile_step, rollout, stream
 from tests.tiny import relative
 

@@ -12,7 +12,7 @@ from lvjax.core.errors import CheckpointError, InputError
 from lvjax.io.video import read_video
 from lvjax.run import card as cards
 from lvjax.run import job
-from lvjax.run.session import Request
+from lvjax.run.request import Request
 from lvjax.run.state import state_path
 from tests.tiny import tiny_bundle
 

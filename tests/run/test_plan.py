@@ -18,7 +18,8 @@ from lvjax.rollout.method import compile_step
 from lvjax.run import plan as plans
 from lvjax.run.bundle import load, outline, save
 from lvjax.run.plan import Work, make_plan, work_of
-from lvjax.run.session import Request, open_session
+from lvjax.run.request import Request
+from lvjax.run.session import open_session
 from lvjax.run.state import save_state
 from tests.tiny import tiny_bundle
 

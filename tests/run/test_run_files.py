@@ -135,31 +135,24 @@ def test_no_damage_goes_unseen(tmp_path):
     path = tmp_path / "a.state"
     save_state(path, tree(), META)
     good, draw = path.read_bytes(), np.random.default_rng(1)
-    start = good.index(b'"meta_crc32"')
-    places = [p for p in draw.integers(0, len(good), 60) if not start <= p < start + 32]
-    for place in places:
+    for place in draw.integers(0, len(good), 300):
         data = bytearray(good)
         data[place] ^= 1 << int(draw.integers(8))
         path.write_bytes(data)
-        try:
-            loaded, meta = load_state(path, tree())
-        except CheckpointError as e:
-            assert "\n" not in str(e)
-        else:  # a bit of the header that means nothing: then nothing may have changed
-            assert meta == META and jax.tree.structure(loaded) == jax.tree.structure(tree())
-            for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(tree()), strict=True):
-                assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        with pytest.raises(CheckpointError) as e:
+            load_state(path, tree())
+        assert "\n" not in str(e.value)
     for part in (0, 7, 100, len(good) // 2, len(good) - 1):
         path.write_bytes(good[:part])
         with pytest.raises(CheckpointError):
             load_state(path, tree())
 
 
-def test_a_damaged_checksum_of_the_meta(tmp_path):
+def test_a_damaged_checksum_of_the_header(tmp_path):
     path = tmp_path / "a.state"
     save_state(path, tree(), META)
     good = path.read_bytes()
-    start = good.index(b'"meta_crc32":"') + 14
+    start = good.index(b'"header_crc32":"') + 16
     path.write_bytes(good[:start] + b":" + good[start + 1 :])
     with pytest.raises(CheckpointError):
         load_state(path, tree())

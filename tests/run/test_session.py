@@ -18,7 +18,9 @@ from lvjax.data.prompts import encode
 from lvjax.models.pocket_text import encode_text
 from lvjax.models.vae import encode as encode_video
 from lvjax.run.bundle import load, save
-from lvjax.run.session import _check_finite, _pooled, check_frames, check_timeline, frame_count
+from lvjax.run.encoders import _pooled
+from lvjax.run.request import check_frames, check_timeline, frame_count
+from lvjax.run.session import _check_finite
 from tests.tiny import tiny_bundle
 
 PROMPT = "the camera pans left over a landscape"
@@ -158,7 +160,7 @@ def test_a_session_runs_twice_and_from_the_middle(bundle):
 
 
 def test_padding_does_not_take_part_in_the_choice_of_clips(bundle):
-    pooled = partial(_pooled, bundle.params, text_cfg=bundle.text)
+    pooled = partial(_pooled, bundle.params["text"], cfg=bundle.text)
     ids = np.stack([encode(PROMPT).ids, np.zeros(16, np.int32)])
     text = encode_text(bundle.params["text"], ids, bundle.text)
     words = int((ids[0] > 0).sum())
@@ -233,7 +235,7 @@ def test_bundle_round_trip_and_damage(bundle, tmp_path):
     with pytest.raises(CheckpointError, match="checksum"):
         load(tmp_path)
     path.unlink()
-    with pytest.raises(CheckpointError, match="vae.safetensors"):
+    with pytest.raises(CheckpointError, match="no file of the part 'vae'"):
         load(tmp_path)
 
 

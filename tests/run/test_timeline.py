@@ -5,8 +5,9 @@ import dataclasses
 
 import numpy as np
 
-from lvjax.run.session import Request, cuts
-from lvjax.run.timeline import Cuts, notices
+from lvjax.run.open_error_free import cuts
+from lvjax.run.request import Request
+from lvjax.run.timeline import Cuts, missed_notices, word_notices
 from tests.tiny import DEFAULTS
 
 PARTS = Cuts(frames=41, first=17, new=12, fps=8)  # clips begin at 0, 2.125 and 3.625 s
@@ -40,16 +41,16 @@ def test_prompts_that_no_clip_follows():
 
 
 def test_a_prompt_that_is_never_shown_is_a_notice():
-    said = notices([((0.0, "left"), (1.0, "up"), (1.5, "right"), (99.0, "down"))] * 2, "", PARTS)
+    said = missed_notices([((0.0, "left"), (1.0, "up"), (1.5, "right"), (99.0, "down"))] * 2, PARTS)
     assert len(said) == 1
     for part in ("'up' at 1 s (and 1 more)", "0, 2.125, 3.625 s in 5.125 s", "longer"):
         assert part in said[0]
-    assert notices([((0.0, "left"), (2.125, "up"))], "", PARTS) == ()
+    assert missed_notices([((0.0, "left"), (2.125, "up"))], PARTS) == []
 
 
 def test_words_beyond_the_model_are_a_notice():
     long = "the camera pans left over a landscape " * 4
-    said = notices([((0.0, long),), ((0.0, "left"),)], "", PARTS)
+    said = word_notices([long, "left"])
     assert len(said) == 1 and "16 words" in said[0] and "'landscape'" in said[0]
-    negative = notices([((0.0, "left"),)], "crimson " + "up " * 17, PARTS)
+    negative = word_notices(["left", "crimson " + "up " * 17])
     assert len(negative) == 2 and "'crimson'" in negative[0] and "('up')" in negative[1]

@@ -29,7 +29,7 @@ from lvjax.models.dit import dit_spec
 from lvjax.models.pocket_text import encode_text, text_spec
 from lvjax.nn.embed import cell_waves
 from lvjax.nn.rope import grid_table, rotate
-from lvjax.rollout.clipwise import condition
+from lvjax.rollout.condition import condition
 from lvjax.train.extension import ExtensionTask, condition_of, extension_loss, local_start
 from lvjax.train.loop import TrainOptions
 from tests.tiny import DIT, TEXT

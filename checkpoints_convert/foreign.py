@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint of somebody else's, seen as lvjax's own part: read in place, nothing is written."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from checkpoints_convert.convert import check_copies, out_type, part_meta
+from checkpoints_convert.recognise import Model
+from checkpoints_convert.rules import LAYER
+from checkpoints_convert.sources import find_sources
+from lvjax.core.checkpoint import Slot
+
+
+class Foreign(Mapping):
+    """The arrays of a `Model` by our paths, as `lvjax.core.checkpoint.Stored` gives its own.
+
+    Without checksums, which such files do not have; shapes were compared and values are finite.
+    """
+
+    def __init__(self, model: Model, part: str, path: Path):
+        plan = model.plan()
+        check_copies(model.tensors, plan)
+        self.path, self.meta, self.tensors = path, part_meta(model, part), model.tensors
+        self.places = {place.path: place for place in plan.places}
+        self.slots = {
+            name: Slot(out_type(place, model, "keep"), place.param.shape, 0, ())
+            for name, place in self.places.items()
+        }
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Raises: CheckpointError when a value is not finite."""
+        return self.places[name].array(self.tensors)
+
+    def layer(self, name: str, index: int) -> np.ndarray:
+        """One slice along the first axis."""
+        place = self.places[name]
+        if LAYER not in place.rule.source:
+            return self[name][index]
+        source = place.sources[index]
+        return np.ascontiguousarray(place.rule.arrays(self.tensors[source])[place.part])
+
+    def check(self, names: Iterable[str] | None = None) -> None:
+        """There is nothing to compare with."""
+
+    def compare(self, crc: dict[str, int]) -> None:
+        """There is nothing to compare with."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.slots)
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+
+def open_foreign(path: Path) -> dict[str, Foreign]:
+    """The parts of a model at `path`.
+
+    Raises: CheckpointError when there is no part of a Wan model, or something does not fit.
+    """
+    sources, _ = find_sources(path)
+    return {s.part: Foreign(s.model, s.part, s.path) for s in sources}

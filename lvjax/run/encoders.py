@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts and pictures as a transformer takes them: rows of text, and image tokens.
+
+The pocket model's text encoder is held in memory with the rest.  UMT5 has 5.7 billion parameters
+and is needed for a moment, so it is read from the disk layer by layer while the prompts pass
+through it, and is never held; the image encoder is loaded, used and dropped.  Rows that were
+computed once can be saved, and then neither is needed.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lvjax.core.checkpoint import layers, load_arrays, save_arrays
+from lvjax.core.errors import CheckpointError, InputError
+from lvjax.core.params import unflatten
+from lvjax.data import prompts as pocket
+from lvjax.models import pocket_text, umt5
+from lvjax.models.image_encoder import encode_image
+from lvjax.models.pocket_text import PocketTextConfig
+from lvjax.run.bundle import Bundle
+from lvjax.run.timeline import short, word_notices
+
+
+class Prompts(NamedTuple):
+    """The prompts of a run.
+
+    rows(texts): float32 [B, M, D], zeros behind the tokens of a text where the model wants that.
+    feature(text): float32 [E], what clip selection compares; it does not depend on a batch.
+    dim: E.
+    """
+
+    rows: Callable[[tuple[str, ...]], jax.Array]
+    feature: Callable[[str], np.ndarray]
+    dim: int
+
+
+def open_prompts(bundle: Bundle, texts: Iterable[str]) -> Prompts:
+    """Get ready for these texts.
+
+    Raises: InputError for a text that has no embedding where there is no text encoder either.
+    """
+    if isinstance(bundle.text, PocketTextConfig):
+        return _pocket(bundle)
+    known = {**bundle.embeddings}
+    if missing := [text for text in dict.fromkeys(texts) if text not in known]:
+        known |= encode_prompts(bundle, missing)
+
+    def rows(texts: tuple[str, ...]):
+        longest = max(len(known[text]) for text in texts)
+        return jnp.stack([jnp.pad(known[t], ((0, longest - len(known[t])), (0, 0))) for t in texts])
+
+    dim = bundle.dit.text_dim
+    return Prompts(rows, lambda text: known[text].sum(0), dim)
+
+
+def _pocket(bundle: Bundle) -> Prompts:
+    params, cfg = bundle.params["text"], bundle.text
+
+    def rows(texts: tuple[str, ...]):
+        return _pocket_rows(params, np.stack([pocket.encode(t).ids for t in texts]), cfg)
+
+    def feature(text: str) -> np.ndarray:
+        return np.asarray(_pooled(params, pocket.encode(text).ids[None], cfg))[0]
+
+    return Prompts(rows, feature, cfg.dim)
+
+
+_pocket_rows = jax.jit(pocket_text.encode_text, static_argnums=2)
+
+
+@partial(jax.jit, static_argnums=2)
+def _pooled(params, ids, cfg):
+    """ids int32 [B, M] -> the sum of the text features over the words, float32 [B, E]: what clip
+    selection compares.  A prompt without words has the sum over all rows.
+    """
+    words = (ids > 0) | ~(ids > 0).any(-1, keepdims=True)
+    return jnp.where(words[..., None], pocket_text.encode_text(params, ids, cfg), 0).sum(1)
+
+
+# ---- UMT5 --------------------------------------------------------------------------
+
+_block = jax.jit(umt5.block, static_argnames="cfg")
+
+
+def encode_prompts(bundle: Bundle, texts: Iterable[str]) -> dict[str, np.ndarray]:
+    """Rows of each text, float32 [its tokens, D]; the encoder is read from its files and not kept.
+
+    Raises: InputError where the model has no text encoder; CheckpointError when it is damaged.
+    """
+    texts = list(dict.fromkeys(texts))
+    stored, cfg = bundle.parts.get("text"), bundle.text
+    if stored is None:
+        raise InputError(
+            f"{bundle.name} has no text encoder and no embedding of the prompt {short(texts[0])}; "
+            "convert the text encoder into its folder, or give --embeddings"
+        )
+    ids, mask, _ = _tokens(bundle, texts)
+    longest = int(mask.sum(1).max())
+    ids, mask = ids[:, :longest], mask[:, :longest]
+    x = jnp.asarray(_words(stored, ids))
+    for layer in layers(stored, "blocks"):
+        x = _block(jax.tree.map(jnp.asarray, unflatten(layer)), x, mask, cfg=cfg)
+    rows = np.asarray(umt5.final_norm(jnp.asarray(stored["norm"]), x, mask, cfg), np.float32)
+    return {text: row[: int(m.sum())] for text, row, m in zip(texts, rows, mask, strict=True)}
+
+
+def _tokens(bundle: Bundle, texts: list[str]):
+    """Ids, mask, and which texts were cut."""
+    from lvjax.data.tokenizer import load_tokenizer, tokenize
+
+    cfg = bundle.text
+    return tokenize(load_tokenizer(bundle.folder, cfg.vocab), texts, cfg.length)
+
+
+def _words(stored, ids: np.ndarray) -> np.ndarray:
+    """Rows of the table of words for ids [B, M], float32; the table is not held."""
+    stored.check(["embedding"])
+    table = {int(i): stored.layer("embedding", int(i)).astype(np.float32) for i in np.unique(ids)}
+    return np.stack([[table[int(i)] for i in row] for row in ids])
+
+
+def notices(bundle: Bundle, texts: Iterable[str]) -> list[str]:
+    """What the user should know about prompts that are not followed as they are written."""
+    if isinstance(bundle.text, PocketTextConfig):
+        return word_notices(texts)
+    if bundle.text is None:
+        return []
+    texts = list(dict.fromkeys(texts))
+    _, _, cut = _tokens(bundle, texts)
+    return [
+        f"the prompt {short(text)} has more than {bundle.text.length} tokens; the rest is left out"
+        for text, is_cut in zip(texts, cut, strict=True)
+        if is_cut
+    ]
+
+
+# ---- embeddings in a file ----------------------------------------------------------
+
+
+def save_embeddings(path: Path, embeddings: Mapping[str, np.ndarray], model: str) -> None:
+    """Write rows by prompt.  model: the name of the model that they are for."""
+    arrays = {f"{i:06d}": rows for i, rows in enumerate(embeddings.values())}
+    save_arrays(path, arrays, {"prompts": list(embeddings), "model": model, "kind": "embeddings"})
+
+
+def load_embeddings(path) -> dict[str, np.ndarray]:
+    """Rows by prompt.
+
+    Raises: CheckpointError when the file is damaged or holds something else.
+    """
+    arrays, meta = load_arrays(path)
+    prompts = meta.get("prompts")
+    if meta.get("kind") != "embeddings" or len(prompts or ()) != len(arrays):
+        raise CheckpointError(f"{path} holds no prompt embeddings; make them with `lvjax encode`")
+    return {text: arrays[f"{i:06d}"] for i, text in enumerate(prompts)}
+
+
+# ---- image tokens ------------------------------------------------------------------
+
+
+def encode_pictures(bundle: Bundle, pictures: list[np.ndarray]) -> np.ndarray:
+    """Image tokens float32 [1, n * 257, D] of n pictures float32 [H, W, 3] in [-1, 1].
+
+    Raises: InputError where the model needs an image encoder that is not there.
+    """
+    if "image" not in bundle.parts:
+        raise InputError(
+            f"{bundle.name} needs an image encoder; convert it into the model's folder too"
+        )
+    from lvjax.io.clip_image import clip_pixels
+
+    stored = bundle.parts["image"]
+    params = unflatten({name: jnp.asarray(stored[name]) for name in stored})
+    pixels = jnp.stack([clip_pixels(picture) for picture in pictures])
+    tokens = jax.jit(encode_image, static_argnums=2)(params, pixels, bundle.image)
+    return np.asarray(tokens).reshape(1, -1, tokens.shape[-1])
