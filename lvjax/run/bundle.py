@@ -237,14 +237,18 @@ def _has(folder: Path) -> bool:
 def load(name: str | Path = "pocket", dtype: str | None = None) -> Bundle:
     """A model with its weights, named as in `outline`.
 
-    dtype: of the transformer's activations, "bfloat16" or "float32"; None for what the model says.
+    dtype: of the activations of the transformer and of a large text encoder, "bfloat16" or
+      "float32"; None for what the model says.
     Weights keep their stored type, but become float32 where the activations are, and in the
     autoencoder always.
     Raises: CheckpointError when a file is missing, damaged, or does not match the model's spec.
     """
     bundle = outline(name)
     if dtype is not None:
-        bundle = dataclasses.replace(bundle, dit=dataclasses.replace(bundle.dit, dtype=dtype))
+        own = {"dit": dataclasses.replace(bundle.dit, dtype=dtype)}
+        if isinstance(bundle.text, UMT5Config):
+            own["text"] = dataclasses.replace(bundle.text, dtype=dtype)
+        bundle = dataclasses.replace(bundle, **own)
     params, hashes = {}, {}
     for part, spec in specs(bundle).items():
         if part not in bundle.parts:

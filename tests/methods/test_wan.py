@@ -17,7 +17,7 @@ from lvjax.methods.wan import WanClip, WanSettings, stages, wan, wan_condition
 from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.dit import dit_spec, embed_context
 from lvjax.models.vae import vae_spec
-from lvjax.rollout.method import compile_step, rollout
+from lvjax.rollout.method import _step, rollout
 from tests.tiny import relative
 
 DIT = DiTConfig(
@@ -35,7 +35,8 @@ ONE = WanSettings(SCHEDULE)
 TWO = WanSettings(SCHEDULE, guidance=(3.0, 2.0), boundary=0.9)
 KEYS = jax.random.split(jax.random.key(3), BATCH)
 NOTHING = jnp.zeros((*SIZE[:4], 8))
-quickly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiled
+QUICKLY = {"xla_backend_optimization_level": 0}
+quickly = partial(jax.jit, compiler_options=QUICKLY)  # compiled
 embed = quickly(partial(embed_context, cfg=DIT))
 
 
@@ -89,7 +90,7 @@ def test_a_step_and_the_parts_of_it():
     for each part, with the carry on the host between them.  Each clip has noise of its own."""
     built, clip = method(TWO), clip_of(TWO)
     state = built.init(NOTHING, KEYS)
-    program = compile_step(built, state, clip)
+    program = _step.lower(built.step, state, clip).compile(QUICKLY)
     held, size = program.memory_analysis(), sum(a.nbytes for a in jax.tree.leaves(state))
     assert 0.99 * size <= held.alias_size_in_bytes <= size + 64 * 3
     used = [weights()[name]["blocks"]["ffn"] for name in ("dit", "dit_low")]

@@ -44,8 +44,13 @@ class Sinusoid(torch.nn.Module):
     float32.
     """
 
+    def __init__(self, dim: int = 256):
+        super().__init__()
+        self.half = dim // 2
+
     def forward(self, t):
-        angle = t.double()[:, None] * 10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
+        exponent = torch.arange(self.half, dtype=torch.float64) / self.half
+        angle = t.double()[:, None] * 10000.0**-exponent
         return torch.cat([angle.cos(), angle.sin()], -1).float()
 
 

@@ -6,6 +6,7 @@ Embeddings of text and CLIP are given; pictures go through the autoencoders.  Ea
 mistake that is easily made; the same comparison must notice it.
 """
 
+import importlib
 import sys
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -28,7 +29,6 @@ from checkpoints_convert.keys_dit import dit_rules
 from checkpoints_convert.rules import convert
 from lvjax.flow.sampling import advance, prepare, shortened, switch_step
 from lvjax.flow.schedule import Schedule, make_schedule
-from lvjax.methods import wan as wan_module
 from lvjax.methods.wan import EXPERTS, WanSettings, stages, wan, wan_condition
 from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.dit import dit_spec, embed_context
@@ -40,6 +40,7 @@ from tests.parity.test_dit import Sinusoid
 from tests.parity.vae_oracle import channels_last, parameters, reference
 from tests.tiny import relative
 
+wan_module = importlib.import_module("lvjax.methods.wan")  # in the package it is the function
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers
 
 TOLERANCE = 1e-5
