@@ -6,23 +6,28 @@ written and resumed (lvjax.core.streaming).
 """
 
 import dataclasses
+import json
 import math
+import os
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from checkpoints_convert.files import opened
 from checkpoints_convert.read import Tensors
 from checkpoints_convert.recognise import KINDS, Model
 from checkpoints_convert.rules import LAYER, Place, Plan
 from lvjax.core.dtypes import DTYPES
 from lvjax.core.errors import CheckpointError
-from lvjax.core.streaming import Kind, write_stream
+from lvjax.core.streaming import Kind, Kinds, write_stream
 
 REPORT = "lvjax-report/1"
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-ROWS = 4096  # compared at a time
+ROWS = 4096  # looked at at once, where that needs memory
+SAMPLE = 4096  # bytes of an array that tell it from another
 
 
 def out_type(place: Place, model: Model, dtype: str) -> np.dtype:
@@ -42,6 +47,18 @@ def out_type(place: Place, model: Model, dtype: str) -> np.dtype:
     return np.dtype(DTYPES[TYPES[dtype]])
 
 
+def part_kinds(model: Model, plan: Plan, dtype: str = "keep") -> Kinds:
+    """What a conversion writes: every array in its type, shape and pieces.
+
+    Raises: CheckpointError as `out_type`.
+    """
+    kinds = {}
+    for place in plan.places:
+        pieces = len(place.sources) if LAYER in place.rule.source else 1
+        kinds[place.path] = Kind(out_type(place, model, dtype), place.param.shape, pieces)
+    return kinds
+
+
 def write_part(
     model: Model,
     path: Path,
@@ -56,33 +73,44 @@ def write_part(
 
     part: its place in the model ("dit_low" for the second expert, else the kind).
     dtype: "keep" or a name in `TYPES`.  fmt: "safetensors" or "orbax".  progress: called with the
-      bytes of each piece.  tell: given the report, before the part appears at `path`.
+      bytes of each piece, the `total_bytes` of `part_kinds` in the end.  tell: given the report,
+      before the part appears at `path`.
     Raises: CheckpointError for whatever does not fit, before anything is written, and for values
-      that are not finite; StorageError.
+      that are not finite; then nothing is left.  StorageError.
     """
     plan = model.plan()
     places = {place.path: place for place in plan.places}
-    kinds = {}
-    for name, place in places.items():
-        pieces = len(place.sources) if LAYER in place.rule.source else 1
-        kinds[name] = Kind(out_type(place, model, dtype), place.param.shape, pieces)
+    kinds = part_kinds(model, plan, dtype)
     check_copies(model.tensors, plan)
 
     def pieces(name: str):
         return lambda index: _piece(places[name], index, kinds[name].dtype, model.tensors)
 
-    meta = part_meta(model, part)
+    meta, source = part_meta(model, part), source_facts(model.tensors)
 
     def finish(crc: dict[str, int]) -> None:
-        tell(report(model, plan, kinds, crc, meta, dtype))
+        tell(report(model, plan, kinds, crc, meta | {"dtype": dtype}, source))
 
-    identity = repr(source_files(model.tensors))
-    write_stream(path, kinds, meta, pieces, fmt, identity, progress, finish)
+    write_stream(path, kinds, meta, pieces, fmt, json.dumps(source), progress, finish)
 
 
-def source_files(tensors: Tensors) -> list[dict]:
-    """The files that a checkpoint is read from."""
-    return [{"name": path.name, "bytes": size} for path, size in tensors.files()]
+def source_facts(tensors: Tensors) -> dict:
+    """The files that a checkpoint is read from, and what tells it from another of the same names
+    and sizes: when they changed, a crc32 over the first bytes of every array, and which of several
+    sets of weights it is.
+    """
+    files = []
+    for path, size in tensors.files():
+        own = {e.start: e.nbytes for e in tensors.entries.values() if e.path == path}
+        crc = 0
+        with opened(path) as f:
+            for start in sorted(own):
+                f.seek(start)
+                crc = zlib.crc32(f.read(min(own[start], SAMPLE)), crc)
+            changed = os.fstat(f.fileno()).st_mtime_ns
+        facts = {"name": path.name, "bytes": size, "changed_ns": changed, "sample": f"{crc:08x}"}
+        files.append(facts)
+    return {"files": files, "weights": tensors.chosen, "arrays": len(tensors)}
 
 
 def part_meta(model: Model, part: str) -> dict:
@@ -97,9 +125,9 @@ def _piece(place: Place, index: int, dtype: np.dtype, tensors: Tensors) -> np.nd
     if array.dtype == dtype:
         return np.ascontiguousarray(array)
     with np.errstate(over="ignore"):
-        out = np.ascontiguousarray(array.astype(dtype))
-    if not np.isfinite(out).all():
-        largest = float(np.abs(array.astype(np.float64)).max())
+        out = array.astype(dtype, order="C")
+    if not all(np.isfinite(out[i : i + ROWS]).all() for i in range(0, len(out), ROWS)):
+        largest = max(abs(float(array.min())), abs(float(array.max())))
         raise CheckpointError(
             f"{name} reaches {largest:.3g}, more than {dtype} holds; use --dtype bfloat16 or "
             "float32"
@@ -117,13 +145,15 @@ def check_copies(tensors: Tensors, plan: Plan) -> None:
             raise CheckpointError(f"{name!r} and {other!r} must be equal and are not; keep one")
 
 
-def report(model: Model, plan: Plan, kinds: dict, crc: dict, meta: dict, dtype: str) -> dict:
+def report(model: Model, plan: Plan, kinds: Kinds, crc: dict, about: dict, source: dict) -> dict:
     """What was done, checked while it is written down: every array used once, every parameter
     filled once.
+
+    crc: of every array that was written.  about: what the part is.  source: its `source_facts`.
     """
     uses = Counter((name, p.part) for p in plan.places for name in p.sources)
     used = {name for name, _ in uses}
-    copies = [name for name, _ in plan.copies]
+    copies = dict(plan.copies)
     everything = Counter([*used, *plan.unused, *copies])
     assert set(uses.values()) == {1} and everything == Counter(list(model.tensors))
     arrays = {}
@@ -138,18 +168,10 @@ def report(model: Model, plan: Plan, kinds: dict, crc: dict, meta: dict, dtype: 
         }
     return {
         "format": REPORT,
-        **meta,
+        **about,
         "naming": model.layout,
-        "dtype": dtype,
-        "source": {
-            "files": source_files(model.tensors),
-            "weights": model.tensors.chosen,
-            "arrays": len(model.tensors),
-            "used": len(used),
-            "unused": list(plan.unused),
-            "copies": copies,
-        },
+        "source": source | {"used": len(used), "unused": list(plan.unused), "copies": copies},
         "parameters": sum(math.prod(kind.shape) for kind in kinds.values()),
-        "finite": True,  # every array was read through the check for it
+        "finite": True,  # every array that is used was read through the check for it
         "arrays": arrays,
     }

@@ -7,16 +7,20 @@ was asked for then.
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from checkpoints_convert.recognise import KINDS
 from checkpoints_convert.rules import source_array, sources_of
-from lvjax.core.checkpoint import Stored, write_atomic
+from checkpoints_convert.sources import INDEX
+from checkpoints_convert.unused import digest, open_unused
+from lvjax.core.checkpoint import Stored, open_arrays, write_atomic
 from lvjax.core.errors import CheckpointError, InputError
-from lvjax.core.streaming import Kind, Kinds, write_stream
+from lvjax.core.streaming import Kind, Kinds, clean, total_bytes, write_stream
 
 SHARD = 5_000_000_000  # bytes
 # Where diffusers keeps a part, and how it names the file.
@@ -29,55 +33,131 @@ PLACES = {
 }
 
 
-def export_part(
-    stored: Stored,
-    folder: Path,
-    layout: str,
-    *,
-    shard: int = SHARD,
-    progress: Callable[[int], None] = lambda size: None,
-) -> list[Path]:
-    """Write a part below `folder`; returns the files of its arrays.
+class Export(NamedTuple):
+    """An export that was planned, and not written yet.
+
+    folder, stem: where the files go, and how their names begin.
+    files: what each file of arrays holds.  array(name): an array of the checkpoint.  texts: small
+      files.  identity: of the part, written into every file.
+    left_out: names of unused arrays that were kept, and have no place in this naming.
+    """
+
+    folder: Path
+    stem: str
+    files: dict[Path, Kinds]
+    array: Callable[[str], np.ndarray]
+    texts: dict[Path, bytes]
+    identity: str
+    left_out: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all arrays."""
+        return sum(map(total_bytes, self.files.values()))
+
+
+def plan_export(stored: Stored, folder: Path, layout: str, shard: int = SHARD) -> Export:
+    """What the way back writes below `folder`, with the unused arrays that were kept.
 
     layout: "official" or "diffusers" (for encoders: the naming of transformers).
     shard: bytes of one file at most, where no array is larger.
-    Raises: CheckpointError when the part is damaged; InputError for a layout that is none;
-      StorageError.
+    Raises: CheckpointError when the part, or what was kept beside it, does not say what it is;
+      InputError for a layout that is none.
     """
     kind, cfg = part_config(stored)
     known = KINDS[kind]
     if layout not in ("official", "diffusers"):
         raise InputError(f"layout is {layout!r}; give 'official' or 'diffusers'")
     own = known.layouts[layout == "official"]
-    spec = known.spec(cfg)
-    names = sources_of(known.rules((), own, cfg), spec)
-    stored.check()
+    names = sources_of(known.rules((), own, cfg), known.spec(cfg))
+    unused, copies, left_out = open_unused(stored, own)
 
     def array(name: str) -> np.ndarray:
-        rule, layer = names[name]
+        if name in unused:
+            return unused[name]
+        rule, layer = names[copies.get(name, name)]
 
         def read(path: str, at: int | None) -> np.ndarray:
             return stored[path] if at is None else stored.layer(path, at)
 
         return np.ascontiguousarray(source_array(rule, layer, read))
 
+    kinds = _kinds(names, stored)
+    kinds |= {name: kinds[other] for name, other in copies.items()}
+    kinds |= {name: Kind(unused.slots[name].dtype, unused.slots[name].shape) for name in unused}
     place, stem = PLACES[stored.meta["part"]]
     folder = folder / place
-    shards = _shards(_kinds(names, stored), shard)
-    files = _file_names(stem, len(shards))
-    for file, kinds in zip(files, shards, strict=True):
-        identity = json.dumps(stored.meta, sort_keys=True)
-        pieces = {name: lambda index, name=name: array(name) for name in kinds}
-        write_stream(folder / file, kinds, {}, pieces.__getitem__, identity=identity)
-        progress(sum(k.piece_bytes for k in kinds.values()))
+    shards = _shards(dict(sorted(kinds.items())), shard)
+    files, texts = _file_names(stem, len(shards)), {}
     if len(files) > 1:
         places = {name: f for f, kinds in zip(files, shards, strict=True) for name in kinds}
-        total = sum(k.piece_bytes for kinds in shards for k in kinds.values())
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        write_atomic(folder / f"{stem}.safetensors.index.json", _text(index))
-    if layout == "diffusers":
-        write_atomic(folder / "config.json", _text(known.hf_config(cfg)))
-    return [folder / file for file in files]
+        index = {"metadata": {"total_size": sum(map(total_bytes, shards))}, "weight_map": places}
+        texts[folder / f"{stem}.safetensors{INDEX}"] = _text(index)
+    config = known.hf_config if layout == "diffusers" else known.official_config
+    if config is not None:
+        texts[folder / "config.json"] = _text(config(cfg))
+    files = {folder / file: kinds for file, kinds in zip(files, shards, strict=True)}
+    identity = f"{layout} {digest(stored)}"
+    return Export(folder, stem, files, array, texts, identity, left_out)
+
+
+def export_part(
+    stored: Stored,
+    plan: Export,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda size: None,
+) -> list[Path]:
+    """Write what was planned; returns the files of the arrays.  What an earlier run has finished is
+    checked and kept.
+
+    overwrite: whether other weights in that place may be replaced.
+    progress: called with bytes, `plan.size` in the end.
+    Raises: CheckpointError when the part is damaged; InputError when something else is in the
+      place; StorageError.
+    """
+    meta = {"export": plan.identity}
+    done = {path for path, kinds in plan.files.items() if _is_written(path, kinds, meta)}
+    others = _others(plan, done)
+    if others and not overwrite:
+        raise InputError(
+            f"{others[0]} is there and is not of this export; use --overwrite, or another DST"
+        )
+    stored.check()
+    for path, kinds in plan.files.items():
+        if path in done:
+            clean(path)
+            progress(total_bytes(kinds))
+            continue
+        pieces = {name: lambda index, name=name: plan.array(name) for name in kinds}
+        write_stream(path, kinds, meta, pieces.__getitem__, progress=progress)
+    for path in others:
+        if path not in plan.files and path not in plan.texts:
+            path.unlink(missing_ok=True)
+    for path, text in plan.texts.items():
+        write_atomic(path, text)
+    return list(plan.files)
+
+
+def _is_written(path: Path, kinds: Kinds, meta: dict) -> bool:
+    """Whether a file of this export is there, and whole."""
+    try:
+        stored = open_arrays(path)
+        if stored.meta != meta or stored.slots.keys() != kinds.keys():
+            return False
+        stored.check()
+    except CheckpointError:
+        return False
+    return True
+
+
+def _others(plan: Export, done: set[Path]) -> list[Path]:
+    """Files that are in the place of an export, or would be read with it, and are not of it."""
+    own = re.compile(rf"{plan.stem}(-\d+-of-\d+)?\.safetensors({re.escape(INDEX)})?|config\.json")
+    near = sorted(plan.folder.iterdir()) if plan.folder.is_dir() else []
+    near = [path for path in near if own.fullmatch(path.name) and path not in done]
+    texts = plan.texts
+    return [path for path in near if path not in texts or path.read_bytes() != texts[path]]
 
 
 def part_config(stored: Stored):
@@ -101,7 +181,7 @@ def part_config(stored: Stored):
 def _kinds(names: dict, stored: Stored) -> Kinds:
     """Type and shape of every array in the checkpoint's layout, without reading one."""
     kinds = {}
-    for name, (rule, layer) in sorted(names.items()):
+    for name, (rule, layer) in names.items():
 
         def empty(path: str, at: int | None):
             shape = stored.slots[path].shape

@@ -10,13 +10,14 @@ from checkpoints_convert.convert import check_copies, out_type, part_meta
 from checkpoints_convert.recognise import Model
 from checkpoints_convert.rules import LAYER
 from checkpoints_convert.sources import find_sources
+from checkpoints_convert.tensors import Entry, Tensors
 from lvjax.core.checkpoint import Slot
 
 
 class Foreign(Mapping):
     """The arrays of a `Model` by our paths, as `lvjax.core.checkpoint.Stored` gives its own.
 
-    Without checksums, which such files do not have; shapes were compared and values are finite.
+    Without checksums of ours; shapes were compared, and values are finite when they are read.
     """
 
     def __init__(self, model: Model, part: str, path: Path):
@@ -34,15 +35,28 @@ class Foreign(Mapping):
         return self.places[name].array(self.tensors)
 
     def layer(self, name: str, index: int) -> np.ndarray:
-        """One slice along the first axis."""
+        """One slice along the first axis; of an array that stays as it is, nothing else is read."""
         place = self.places[name]
-        if LAYER not in place.rule.source:
+        if LAYER in place.rule.source:
+            source = place.sources[index]
+            return np.ascontiguousarray(place.rule.arrays(self.tensors[source])[place.part])
+        source, plain = place.sources[0], place.rule.transform == "same"
+        entry = self.tensors.entries[source]
+        if not plain or entry.strides is not None:
             return self[name][index]
-        source = place.sources[index]
-        return np.ascontiguousarray(place.rule.arrays(self.tensors[source])[place.part])
+        row = Entry(entry.path, entry.dtype, entry.shape[1:], entry.start)
+        row = row._replace(start=entry.start + index * row.nbytes)
+        return Tensors({source: row})[source]
 
     def check(self, names: Iterable[str] | None = None) -> None:
-        """There is nothing to compare with."""
+        """Read arrays, all or some, for what the file tells of them.
+
+        Raises: CheckpointError when a value is not finite, or a checksum of the file does not
+          match.
+        """
+        for name in self.places if names is None else names:
+            for source in self.places[name].sources:
+                self.tensors[source]
 
     def compare(self, crc: dict[str, int]) -> None:
         """There is nothing to compare with."""

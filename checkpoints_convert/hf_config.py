@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The config.json that diffusers and transformers ask for beside a part's weights.
+"""The config.json that diffusers, transformers and Wan's own code ask for beside a part's weights.
 
-Source: huggingface/diffusers, src/diffusers/models/; huggingface/transformers, src/transformers/.
+Source: huggingface/diffusers, src/diffusers/models/; huggingface/transformers, src/transformers/;
+Wan-Video/Wan2.1, wan/modules/model.py.
 """
 
 from lvjax.models.config import DiTConfig, VAEConfig
@@ -26,6 +27,25 @@ def dit_json(cfg: DiTConfig) -> dict:
         "image_dim": cfg.image_dim,
         "added_kv_proj_dim": None if cfg.image_dim is None else cfg.dim,
         "pos_embed_seq_len": cfg.image_pos_len or None,
+    }
+
+
+def official_dit_json(cfg: DiTConfig) -> dict:
+    """For Wan's own `WanModel`."""
+    kind = "ti2v" if cfg.in_channels == 48 else "i2v" if cfg.condition_channels else "t2v"
+    return {
+        "_class_name": "WanModel",
+        "model_type": "flf2v" if cfg.image_pos_len else kind,
+        "text_len": cfg.text_len,
+        "in_dim": cfg.in_channels + cfg.condition_channels,
+        "dim": cfg.dim,
+        "ffn_dim": cfg.ffn_dim,
+        "freq_dim": cfg.freq_dim,
+        "text_dim": cfg.text_dim,
+        "out_dim": cfg.out_channels,
+        "num_heads": cfg.num_heads,
+        "num_layers": cfg.num_layers,
+        "eps": cfg.eps,
     }
 
 

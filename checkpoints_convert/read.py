@@ -26,7 +26,7 @@ from checkpoints_convert.read_torch import read_torch
 from checkpoints_convert.tensors import TENSORS_MAX, Entry, Tensors, renamed
 from lvjax.core.errors import CheckpointError
 
-__all__ = ["Tensors", "find", "open_checkpoint", "read_json"]
+__all__ = ["Tensors", "beside", "find", "open_checkpoint", "open_tensors", "read_json"]
 
 KINDS = (".safetensors.index.json", ".safetensors", ".bin.index.json")
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
@@ -43,12 +43,36 @@ def open_checkpoint(source, weights: str | None = None) -> tuple[Tensors, dict]:
     Raises: CheckpointError saying what is wrong with it.
     """
     path = find(Path(source))
-    entries, chosen = _read(path, weights)
+    return open_tensors(path, weights), beside(path, "config.json")
+
+
+def open_tensors(path: Path, weights: str | None = None) -> Tensors:
+    """The arrays of a file, or of an index, as `find` gives it; weights as in `open_checkpoint`.
+
+    Raises: CheckpointError saying what is wrong with it.
+    """
+    kind = kind_of(path)
+    chosen, metadata = None, {}
+    if kind == "torch":
+        entries, chosen = read_torch(path, weights)
+    elif weights is not None:
+        raise CheckpointError(f"{path} is one set of weights, without {shown(weights)}; name none")
+    elif kind == "safetensors":
+        entries, metadata = read_header(path)
+    else:
+        entries = read_index(path)
     if not entries:
         raise CheckpointError(f"{path} holds no arrays; download it again")
-    config = path.parent / "config.json"
-    found = read_json(config) if os.path.lexists(config) else {}
-    return Tensors(unwrapped(entries), chosen), found
+    return Tensors(unwrapped(entries), chosen, metadata)
+
+
+def beside(path: Path, name: str) -> dict:
+    """The JSON file `name` in the folder of `path`, {} without one.
+
+    Raises: CheckpointError when it is damaged.
+    """
+    place = path.parent / name
+    return read_json(place) if os.path.lexists(place) else {}
 
 
 def find(source: Path) -> Path:
@@ -81,16 +105,6 @@ def _is_folder(source: Path) -> bool:
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
         reason = getattr(e, "strerror", None) or e
         raise CheckpointError(f"cannot read {source}: {reason}; give a checkpoint") from e
-
-
-def _read(path: Path, weights: str | None) -> tuple[dict[str, Entry], str | None]:
-    """Arrays of a file or an index by name, and which set of weights they are."""
-    kind = kind_of(path)
-    if kind == "torch":
-        return read_torch(path, weights)
-    if weights is not None:
-        raise CheckpointError(f"{path} is one set of weights, without {shown(weights)}; name none")
-    return (read_header(path) if kind == "safetensors" else read_index(path)), None
 
 
 def kind_of(path: Path) -> str:
@@ -158,7 +172,7 @@ def _read_shard(path: Path) -> dict[str, Entry]:
     if kind == "json":
         raise CheckpointError(f"{path} is an index and stands in one; give the shards themselves")
     if kind == "safetensors":
-        return read_header(path)
+        return read_header(path)[0]
     entries, chosen = read_torch(path)
     if chosen is not None:
         raise CheckpointError(

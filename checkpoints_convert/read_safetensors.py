@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One safetensors file: where its arrays are.
+"""One safetensors file: where its arrays are, and the lines of text that it says of itself.
 
 Every number of the header is checked before it is used: names once each, known dtypes, shapes that
 fit their bytes, arrays that fill the file without gap or overlap.  The header is walked an array at
@@ -26,12 +26,12 @@ _TEXT = rb'"[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+"'
 _OPEN = re.compile(rb"\{" + _SPACE)
 _NAME = re.compile(rb"(" + _TEXT + rb")" + _SPACE + rb":" + _SPACE)
 _ARRAY = re.compile(rb"\{[^{}]{0,1000}+\}" + _SPACE)
-_NOTE = re.compile(_TEXT + _SPACE + rb":" + _SPACE + _TEXT + _SPACE)
+_NOTE = re.compile(rb"(" + _TEXT + rb")" + _SPACE + rb":" + _SPACE + rb"(" + _TEXT + rb")" + _SPACE)
 _NEXT = re.compile(rb"(?:(,)|\})" + _SPACE)
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """The arrays of one safetensors file.
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The arrays of one safetensors file, and its metadata.
 
     Raises: CheckpointError saying what is wrong with it.
     """
@@ -47,8 +47,9 @@ def read_header(path: Path) -> dict[str, Entry]:
     if header.count(b'"data_offsets"') > TENSORS_MAX:
         raise CheckpointError(f"{path} has more than {TENSORS_MAX} arrays; is it a checkpoint?")
     entries: dict[str, Entry] = {}
+    metadata: dict[str, str] = {}
     try:
-        for name, fields in _arrays(header):
+        for name, fields in _arrays(header, metadata):
             if name in entries:
                 raise ValueError(f"array {shown(name)} stands there twice")
             entries[name] = _entry(path, name, fields, 8 + length)
@@ -56,7 +57,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         reason = str(e).splitlines()[0]
         raise CheckpointError(f"{path} is damaged ({reason}); download it again") from e
     _check_places(path, entries, 8 + length, size)
-    return entries
+    return entries, metadata
 
 
 def _match(pattern: re.Pattern, header: bytes, at: int) -> re.Match:
@@ -65,8 +66,8 @@ def _match(pattern: re.Pattern, header: bytes, at: int) -> re.Match:
     return match
 
 
-def _arrays(header: bytes) -> Iterator[tuple[str, dict]]:
-    """Names and fields of the arrays in a header; its metadata are skipped.
+def _arrays(header: bytes, metadata: dict[str, str]) -> Iterator[tuple[str, dict]]:
+    """Names and fields of the arrays in a header; its metadata go into `metadata`.
 
     Raises: ValueError where it is not what the format allows.
     """
@@ -81,7 +82,7 @@ def _arrays(header: bytes) -> Iterator[tuple[str, dict]]:
         if name == "__metadata__":
             if noted:
                 raise ValueError("its metadata stand there twice")
-            at, noted = _skip_metadata(header, key.end()), True
+            at, noted = _take_metadata(header, key.end(), metadata), True
         else:
             fields = _match(_ARRAY, header, key.end())
             at = fields.end()
@@ -92,14 +93,22 @@ def _arrays(header: bytes) -> Iterator[tuple[str, dict]]:
         raise ValueError(f"its header goes on after byte {at}")
 
 
-def _skip_metadata(header: bytes, at: int) -> int:
+def _take_metadata(header: bytes, at: int, metadata: dict[str, str]) -> int:
+    """Fill `metadata` from byte `at` on; returns the first byte behind them.
+
+    Raises: ValueError where they are not what the format allows.
+    """
     at = _match(_OPEN, header, at).end()
     if header.startswith(b"}", at):
         return _match(_NEXT, header, at).end()
-    for _ in range(NOTES_MAX):
-        step = _match(_NEXT, header, _match(_NOTE, header, at).end())
+    for count in range(1, NOTES_MAX + 1):
+        note = _match(_NOTE, header, at)
+        metadata[json.loads(note[1])] = json.loads(note[2])
+        step = _match(_NEXT, header, note.end())
         at = step.end()
         if step[1] is None:
+            if len(metadata) != count:
+                raise ValueError("a line of its metadata stands there twice")
             return at
     raise ValueError(f"more than {NOTES_MAX} lines of metadata")
 

@@ -33,6 +33,7 @@ class Kind(NamedTuple):
       tree of parameters.
     precise: words in the paths of parameters that half precision would harm; they keep their type
       when the rest is narrowed.
+    official_config: the config.json of the official naming, where it has one.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Kind(NamedTuple):
     rules: Callable[..., tuple[Rule, ...]]
     spec: Callable[[Any], dict]
     precise: tuple[str, ...]
+    official_config: Callable[[Any], dict] | None = None
 
 
 KINDS = {
@@ -57,6 +59,7 @@ KINDS = {
         lambda names, layout, cfg: keys_dit.dit_rules(cfg, layout),
         dit_spec,
         ("time_embedding", "time_projection", "modulation", "norm", "head"),
+        hf_config.official_dit_json,
     ),
     "vae": Kind(
         "an autoencoder",
@@ -94,6 +97,10 @@ KINDS = {
 }
 
 
+class StrangerError(CheckpointError):
+    """A sound checkpoint, but no part of a Wan model."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A checkpoint that was recognised.
@@ -114,38 +121,49 @@ class Model:
 
     def plan(self) -> Plan:
         """What goes where; raises CheckpointError for whatever does not fit."""
+        if quantised := sorted(name for name in self.tensors if name.endswith(QUANTISED)):
+            raise self._quantised(f"scales of quantised weights ({quantised[0]})")
         rules = KINDS[self.kind].rules(self.tensors, self.layout, self.cfg)
-        plan = make_plan(self.tensors.shapes(), rules, self.spec())
+        try:
+            plan = make_plan(self.tensors.shapes(), rules, self.spec())
+        except CheckpointError as e:
+            raise CheckpointError(f"{self.name}: {e}") from e
         used = [name for place in plan.places for name in place.sources]
         if other := sorted({str(self.tensors.dtype(name)) for name in used} - FLOATS):
-            raise CheckpointError(
-                f"{self.name} holds {other[0]} arrays; lvjax reads weights in float32, float16 or "
-                "bfloat16: give a file that is not quantised"
-            )
+            raise self._quantised(f"{other[0]} arrays")
         return plan
+
+    def _quantised(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.name} holds {what}; lvjax reads weights in float32, float16 or bfloat16: give "
+            "a file that is not quantised"
+        )
 
 
 def recognise(tensors: Tensors, config: dict, name: str) -> Model:
     """The model that `tensors` hold.  config: of the config.json beside them.  name: for messages.
 
-    Raises: CheckpointError when it is none of Wan's, or cannot be used as it is.
+    Raises: StrangerError when it is none of Wan's; CheckpointError when it cannot be used as it is.
     """
     for prefix in PREFIXES:
         if all(key.startswith(prefix) for key in tensors):
             tensors = tensors.without(prefix)
     for title, sign in STRANGERS.items():
         if any(map(sign, tensors)):
-            raise CheckpointError(f"{name} is {title}")
+            raise StrangerError(f"{name} is {title}")
     for kind, known in KINDS.items():
         if layout := known.layout(tensors):
             cfg = _config(known, tensors, layout, config, name)
             return Model(kind, layout, cfg, tensors, name)
     some = ", ".join(sorted(tensors)[:3])
     titles = " nor ".join(known.title for known in KINDS.values())
-    raise CheckpointError(f"{name} is neither {titles} of Wan's (it holds {some}, ...)")
+    raise StrangerError(f"{name} is neither {titles} of Wan's (it holds {some}, ...)")
 
 
 STRANGERS = {
+    "a part that lvjax wrote; give --to for the way back": lambda k: k.startswith(
+        ("blocks/", "encoder/", "decoder/")
+    ),
     "a LoRA: give it with --lora, beside the model that it changes": lambda k: (
         ".lora_" in k or ".lora." in k or k.startswith("lora_unet_")
     ),
@@ -154,6 +172,7 @@ STRANGERS = {
     ),
     "a VACE model, which lvjax does not have": lambda k: "vace_blocks." in k,
 }
+QUANTISED = (".scale_weight", ".weight_scale", ".scale_input", ".qweight", ".absmax", "scaled_fp8")
 
 
 def _config(known: Kind, tensors: Tensors, layout: str, config: dict, name: str):
@@ -170,3 +189,26 @@ def _config(known: Kind, tensors: Tensors, layout: str, config: dict, name: str)
             f"({type(e).__name__}: {e}); "
             "download them again"
         ) from e
+
+
+def check_together(configs: Mapping[str, Any]) -> None:
+    """Whether parts belong to one model.  configs: their sizes by part, "dit_low" among them.
+
+    Raises: CheckpointError naming the two that do not fit.
+    """
+    dit, vae, text, image = (configs.get(part) for part in ("dit", "vae", "text", "image"))
+    low = configs.get("dit_low")
+    if dit is None:
+        return
+    if low is not None and low != dit:
+        raise CheckpointError("dit and dit_low are not two experts of one model; give one model's")
+    for part, theirs, own, what in (
+        ("autoencoder", vae and vae.z, dit.in_channels, "latent channels"),
+        ("text encoder", text and text.dim, dit.text_dim, "numbers a token"),
+        ("image encoder", image and dit.image_dim and image.dim, dit.image_dim, "numbers a token"),
+    ):
+        if theirs is not None and theirs != own:
+            raise CheckpointError(
+                f"the {part} gives {theirs} {what}, the transformer takes {own}; they are of two "
+                "different models: give one model's"
+            )

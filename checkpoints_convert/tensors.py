@@ -60,10 +60,16 @@ class Tensors(Mapping):
     """The arrays of a checkpoint by name.
 
     chosen: which of several sets of weights in the file they are, None where there is one.
+    metadata: what the header of a safetensors file says beside them.
     """
 
-    def __init__(self, entries: dict[str, Entry], chosen: str | None = None):
-        self.entries, self.chosen = entries, chosen
+    def __init__(
+        self,
+        entries: dict[str, Entry],
+        chosen: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ):
+        self.entries, self.chosen, self.metadata = entries, chosen, dict(metadata or {})
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The array, in its stored dtype and C order; nothing else is kept in memory.
@@ -120,7 +126,7 @@ class Tensors(Mapping):
         Raises: CheckpointError when two names become one.
         """
         names = {name: name.removeprefix(prefix) for name in self.entries}
-        return Tensors(renamed(self.entries, names), self.chosen)
+        return Tensors(renamed(self.entries, names), self.chosen, self.metadata)
 
 
 def renamed(entries: dict[str, Entry], names: dict[str, str]) -> dict[str, Entry]:

@@ -2,7 +2,15 @@
 """Long video from the Wan family in pure-functional JAX."""
 
 __version__ = "0.1.0"
-__all__ = ["generate", "load", "prepare", "stream"]
+__all__ = [
+    "generate",
+    "load",
+    "prepare",
+    "stream",
+    "with_lora",
+    "with_strength",
+    "without_lora",
+]
 
 
 def __getattr__(name: str):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python face: `load`, `generate`, `stream`, with diffusers' argument names.
+"""The Python face: `load`, `generate`, `stream`, LoRAs, with diffusers' argument names.
 
 import jax, lvjax
 pocket = lvjax.load("pocket")
@@ -12,6 +12,7 @@ import difflib
 import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,13 +23,42 @@ from lvjax.core.errors import InputError
 from lvjax.io.image import as_image, fit_image
 from lvjax.rollout.condition import pixel_frames
 from lvjax.run import plan as plans
-from lvjax.run.bundle import Bundle, load
+from lvjax.run.bundle import Bundle, outline, typed
 from lvjax.run.defaults import Defaults
 from lvjax.run.job import enlarge
+from lvjax.run.loras import filled, with_lora, with_strength, without_lora
 from lvjax.run.request import MAX_SIDE, Request, check_size, frame_count, spread
-from lvjax.run.session import ClipResult, Session, check_settings, open_session, span
+from lvjax.run.session import ClipResult, Session, check_settings, open_session, size_for, span
 
-__all__ = ["Bundle", "ClipResult", "Options", "Video", "generate", "load", "prepare", "stream"]
+__all__ = [
+    "Bundle",
+    "ClipResult",
+    "Options",
+    "Video",
+    "generate",
+    "load",
+    "prepare",
+    "stream",
+    "with_lora",
+    "with_strength",
+    "without_lora",
+]
+
+
+def load(
+    name: str | Path = "pocket", dtype: str | None = None, lora=None, merge: bool = False
+) -> Bundle:
+    """A model with its weights.
+
+    name: "pocket", the model inside the package; a folder that lvjax wrote; or a checkpoint, or the
+      folder of a whole model, as its publishers or diffusers lay it out.
+    dtype: of the activations of the transformer and of a large text encoder, "bfloat16" or
+      "float32"; None for what the model says.
+    lora, merge: as in `with_lora`; merged here, only the merged weights are in memory.
+    Raises: CheckpointError when a file is missing, damaged, or does not match the model's spec;
+      and as `with_lora`.
+    """
+    return filled(with_lora(typed(outline(name), dtype), lora, merge))
 
 
 @dataclass(frozen=True)
@@ -85,7 +115,8 @@ class Options:
     last_image: the picture to end with, for models that go from one to another.
     strength: how much of a video is changed, above 0 to 1, for models that make one of another.
     num_frames (1 + 4m) or seconds; the default is one clip of 17 frames.
-    height, width: multiples of the model's unit (64 x 64 for the pocket model by default).
+    height, width: multiples of the model's unit (64 x 64 for the pocket model by default); without
+      either, Wan's models give a video the shape of its image.
     guidance_scale: 1 means no guidance.  guidance_scale_2: that of the low-noise expert of models
       with two.  num_inference_steps: of the sampler; T-RFlow stops before the last.
     method: a name in `lvjax.methods.METHODS`; None for the model's own.
@@ -159,9 +190,6 @@ def prepare(bundle: Bundle, prompt, **options) -> Session:
         near = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.0)
         raise InputError(f"unknown option {unknown[0]!r}; did you mean {near[0]!r}?")
     o, d = Options(**options), bundle.defaults
-    size = tuple(
-        own if n is None else n for n, own in zip((o.height, o.width), d.size, strict=True)
-    )
     frames = pixel_frames(d.clip_latents) if o.num_frames is None else o.num_frames
     if o.seconds is not None:
         frames = frame_count(o.seconds, d.fps)
@@ -169,24 +197,37 @@ def prepare(bundle: Bundle, prompt, **options) -> Session:
         tuple(_timeline(p, frames, d.fps) for p in _rows(prompt)),
         frames,
         negative=o.negative_prompt,
-        size=check_size(size, bundle),
         steps=o.num_inference_steps,
         guidance=_guidance(o, d),
         seed=o.seed or 0,
         method=o.method,
         strength=o.strength,
     )
-    start, notices = _start_frames(o, size, span(bundle, request))
+    picture, notices = (None, []) if o.image is None else as_image(o.image)
+    size = check_size(_size(o, bundle, request, picture), bundle)
+    start = None if picture is None else fit_image(picture, size)
+    if o.video is not None:
+        start, notices = _video_frames(o.video, size, *span(bundle, request))
     last, more = (None, []) if o.last_image is None else as_image(o.last_image, "the last image")
     last = None if last is None else fit_image(last, size)
-    request = dataclasses.replace(request, start=start, last=last)
+    request = dataclasses.replace(request, size=size, start=start, last=last)
     notices = dict.fromkeys([*notices, *more])
     check_settings(bundle, request)
     work = plans.work_of(request, bundle)
     plans.check_memory(plans.make_plan(bundle, work), bundle, work)
     session = open_session(bundle, request)
-    session = dataclasses.replace(session, notices=(*notices, *session.notices))
+    notices = (*bundle.notices, *notices, *session.notices)
+    session = dataclasses.replace(session, notices=notices)
     return session if o.key is None else session.with_key(o.key)
+
+
+def _size(o: Options, bundle: Bundle, request: Request, picture) -> tuple[int, int]:
+    """(height, width) as asked for; what is left out as the picture, or else the model, has it."""
+    own = bundle.defaults.size
+    if picture is not None and o.height is None and o.width is None:
+        own = size_for(bundle, request, picture.shape[:2])
+    asked = zip((o.height, o.width), own, strict=True)
+    return tuple(default if n is None else n for n, default in asked)
 
 
 def _guidance(o: Options, d: Defaults):
@@ -197,24 +238,18 @@ def _guidance(o: Options, d: Defaults):
     return o.guidance_scale_2, own if o.guidance_scale is None else o.guidance_scale
 
 
-def _start_frames(o: Options, size: tuple[int, int], used: tuple[str, int]):
-    """The picture, or the "first" or "last" so many frames of the video, as the run starts from
-    them: float32 [H, W, 3] or [P, H, W, 3] in [-1, 1], None for nothing; and notices.
+def _video_frames(video, size: tuple[int, int], end: str, most: int):
+    """The "first" or "last" so many frames of a video, float32 [P, H, W, 3] in [-1, 1]; and
+    notices.
     """
-    if o.image is not None:
-        image, notices = as_image(o.image)
-        return fit_image(image, size), notices
-    if o.video is None:
-        return None, []
-    frames = isinstance(o.video, (list, tuple)) or getattr(o.video, "ndim", 0) > 0
-    if not frames or len(o.video) == 0:
+    frames = isinstance(video, (list, tuple)) or getattr(video, "ndim", 0) > 0
+    if not frames or len(video) == 0:
         raise InputError(
-            f"video is {type(o.video).__name__} without frames; give [P, H, W, 3] with P >= 1, or "
+            f"video is {type(video).__name__} without frames; give [P, H, W, 3] with P >= 1, or "
             "a list of pictures"
         )
-    end, most = used
-    first = max(0, len(o.video) - most) if end == "last" else 0
-    chosen = o.video[first : first + most]
+    first = max(0, len(video) - most) if end == "last" else 0
+    chosen = video[first : first + most]
     found = [as_image(f, f"video frame {i}") for i, f in enumerate(chosen, first)]
     notices = dict.fromkeys(notice for _, notices in found for notice in notices)
     return np.stack([fit_image(f, size) for f, _ in found]), list(notices)

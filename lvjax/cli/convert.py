@@ -10,21 +10,30 @@ interrupted goes on when it is started again.
 
 import argparse
 import json
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
-from checkpoints_convert.convert import TYPES, part_meta, source_files, write_part
-from checkpoints_convert.export import export_part
+from checkpoints_convert.convert import TYPES, part_kinds, part_meta, source_facts, write_part
+from checkpoints_convert.export import export_part, part_config, plan_export
+from checkpoints_convert.read import read_json
+from checkpoints_convert.recognise import check_together
 from checkpoints_convert.sources import PARTS, Source, find_sources
+from checkpoints_convert.unused import unused_path, write_unused
+from lvjax.cli.convert_lora import convert_lora
 from lvjax.core.checkpoint import write_atomic
 from lvjax.core.errors import CheckpointError, InputError
-from lvjax.core.streaming import TARGETS, open_stored
+from lvjax.core.orbax_layout import OWN
+from lvjax.core.streaming import TARGETS, clean, open_stored, remove, total_bytes
 from lvjax.data.tokenizer import load_tokenizer
 from lvjax.run import lock
-from lvjax.run.bundle import describe, part_path
+from lvjax.run.bundle import MODEL, describe, part_path
 from lvjax.run.fingerprint import check_fingerprint
+
+TOKENIZER = "tokenizer.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=tuple(TARGETS), default="safetensors")
     parser.add_argument("--weights", metavar="NAME", help="which weights of a .pt file to take")
     parser.add_argument(
+        "--keep-unused",
+        action="store_true",
+        help="write what the model does not use into a file of its own, for the way back",
+    )
+    parser.add_argument(
         "--to",
         choices=("official", "diffusers"),
         help="the way back: SRC is what `lvjax convert` wrote, DST gets this naming",
@@ -50,122 +64,227 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run each part once at a small size; compare with its report, or note it there",
     )
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="SRC is a LoRA for this model; DST gets it under the names that most programs read",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace other weights in DST")
 
 
 def run(args) -> int:
     src, dst = Path(args.src), Path(args.dst)
-    if not src.exists():
+    if not os.path.lexists(src):
         raise CheckpointError(f"no such file or folder: {src}; give a checkpoint or its folder")
+    if dst.exists() and not dst.is_dir():
+        raise InputError(f"DST {dst} is a file; give a folder")
+    if args.base is not None:
+        return convert_lora(src, dst, args)
     if args.to is not None:
         return _back(src, dst, args)
     sources, left = find_sources(src, args.part, args.weights)
     for line in left:
         print(f"lvjax: {line}", file=sys.stderr)
-    for source in sources:
-        source.model.plan()  # what does not fit is said before anything is written
+    kinds = {s.part: part_kinds(s.model, s.model.plan(), args.dtype) for s in sources}
+    made = not dst.exists()
     with lock.hold(dst, "DST"):
-        for source in sources:
-            _part(source, dst, args)
-        text = [s.model.cfg for s in sources if s.part == "text"]
-        if text and src.is_dir():
-            _tokenizer(src, dst, text[0].vocab)
+        _check_place(dst, sources, args.overwrite)
+        done = {s.part for s in sources if _is_there(s, dst, args)}
+        tokenizer = _tokenizer(src, dst, sources, args.overwrite)
+        try:
+            for source in sources:
+                _part(source, dst, args, source.part in done, total_bytes(kinds[source.part]))
+        except CheckpointError:
+            if made:
+                with suppress(OSError):
+                    dst.rmdir()  # it is empty unless a part is done
+            raise
+        if tokenizer is not None:
+            write_atomic(dst / TOKENIZER, tokenizer.encode())
         describe(dst)
     return 0
 
 
-def _part(source: Source, dst: Path, args) -> None:
-    """One part of a model, unless it is there already."""
+def _check_place(dst: Path, sources: list[Source], overwrite: bool) -> None:
+    """Whether DST may get these parts, whatever --overwrite says.
+
+    Raises: InputError when that would replace SRC, or what lvjax did not write; CheckpointError
+      when the parts do not belong to those that are there.
+    """
+    if (model := dst / MODEL).exists():
+        keys = read_json(model).keys()
+        if not {"name", "defaults"} <= keys or "dit" in keys:
+            raise InputError(f"{model} is not of a converted model; choose another DST")
+    taken = [os.path.realpath(file) for s in sources for file, _ in s.model.tensors.files()]
+    ours = {s.part: s.model.cfg for s in sources}
+    beside = {}
+    for part in PARTS:
+        for path in _places(dst, part):
+            real = os.path.realpath(path)
+            if any(file == real or file.startswith(real + os.sep) for file in taken):
+                raise InputError(f"{path} is part of SRC; choose another DST")
+            if path.is_dir() and not (path / OWN).is_file():
+                raise InputError(f"{path} is a folder of others; choose another DST")
+            if part not in ours:
+                beside[part] = part_config(open_stored(path))[1]
+    check_together(beside | ours)
+
+
+def _places(dst: Path, part: str) -> list[Path]:
+    """Where a part is in DST: nowhere, in one format, or by an interrupted run in both."""
+    places = [part_path(dst, part, target.suffix) for target in TARGETS.values()]
+    return [path for path in places if os.path.lexists(path)]
+
+
+def _is_there(source: Source, dst: Path, args) -> bool:
+    """Whether the part has been converted before; nothing but its metadata is read.
+
+    Raises: InputError when something else is in its place, and may not be replaced.
+    """
     path = part_path(dst, source.part, TARGETS[args.format].suffix)
-    report = dst / f"{source.part}.report.json"
-    if not _is_there(source, path, report, args):
-        sizes = sum(source.model.tensors.nbytes(name) for name in source.model.tensors)
-        title = f"{source.part} {source.path.name}"
-        with tqdm(total=sizes, unit="B", unit_scale=True, desc=title, disable=None) as bar:
+    there = _places(dst, source.part)
+    same = path in there and _same(source, path, args.dtype)
+    other = [p for p in there if p != path or not same]
+    if other and not args.overwrite:
+        raise InputError(
+            f"{other[0]} is there and is not of this conversion; use --overwrite, or another DST"
+        )
+    return same
+
+
+def _same(source: Source, path: Path, dtype: str) -> bool:
+    """Whether `path` is what this conversion writes, as its report says."""
+    try:
+        facts, stored = read_json(_report(path.parent, source.part)), open_stored(path)
+        sums = {name: int(a["crc32"], 16) for name, a in facts["arrays"].items()}
+        files = {name: facts["source"][name] for name in source_facts(source.model.tensors)}
+    except (ValueError, KeyError, TypeError, AttributeError, CheckpointError):
+        return False
+    wanted = json.loads(json.dumps(part_meta(source.model, source.part)))
+    same = stored.meta == wanted and facts.get("dtype") == dtype
+    same = same and files == source_facts(source.model.tensors)
+    return same and sums == {name: slot.crc for name, slot in stored.slots.items()}
+
+
+def _report(dst: Path, part: str) -> Path:
+    return dst / f"{part}.report.json"
+
+
+def _part(source: Source, dst: Path, args, done: bool, size: int) -> None:
+    """One part of a model; `done`: it is there, and is checked only."""
+    part, report = source.part, _report(dst, source.part)
+    path = part_path(dst, part, TARGETS[args.format].suffix)
+    title = f"{part} {source.path.name}"
+    if done and not _is_sound(path, args.overwrite):
+        done = False
+    if not done:
+        with _bar(size, title) as bar:
             write_part(
                 source.model,
                 path,
-                part=source.part,
+                part=part,
                 dtype=args.dtype,
                 fmt=args.format,
                 progress=bar.update,
                 tell=lambda facts: _save(report, facts),
             )
-    facts = json.loads(report.read_text())
+        remove(unused_path(dst, part))  # of the weights before
+    clean(path)
+    for target in TARGETS.values():
+        if (other := part_path(dst, part, target.suffix)) != path:
+            remove(other)
+    stored, facts = open_stored(path), read_json(report)
+    kept = write_unused(source.model, stored, dst) if args.keep_unused else None
     if args.verify:
-        _save(report, facts | {"fingerprint": check_fingerprint(open_stored(path), facts)})
+        _save(report, facts | {"fingerprint": check_fingerprint(stored, facts)})
+    _tell(source, path, facts, kept)
+
+
+def _bar(size: int, title: str) -> tqdm:
+    return tqdm(total=size, unit="B", unit_scale=True, desc=title, disable=None)
+
+
+def _is_sound(path: Path, overwrite: bool) -> bool:
+    """Whether every array of a part is what its checksum says.
+
+    Raises: CheckpointError when one is not, unless it may be written again.
+    """
+    try:
+        open_stored(path).check()
+    except CheckpointError:
+        if not overwrite:
+            raise
+        return False
+    return True
+
+
+def _tell(source: Source, path: Path, facts: dict, kept: Path | None) -> None:
     n = facts["source"]
-    rest = f", {len(n['unused'])} not needed" if n["unused"] else ""
+    rest = len(n["unused"]) + len(n["copies"])
+    where = f", {rest} of them not needed" if rest else ""
+    where += f" and kept in {kept.name}" if kept else ""
+    chosen = "" if n["weights"] is None else f"weights {n['weights']!r}, "
     print(
-        f"{source.part} ({facts['naming']} naming, {facts['parameters'] / 1e6:.1f} M parameters, "
-        f"{n['arrays']} of {n['arrays']} arrays accounted for{rest}): {source.path} -> {path}",
+        f"{source.part} ({chosen}{facts['naming']} naming, {facts['parameters'] / 1e6:.1f} M "
+        f"parameters, {n['used'] + rest} of {n['arrays']} arrays accounted for{where}): "
+        f"{source.path} -> {path}",
         file=sys.stderr,
     )
 
 
-def _tokenizer(src: Path, dst: Path, vocab: int) -> None:
-    """The text encoder's tokenizer, if it lies beside it."""
+def _tokenizer(src: Path, dst: Path, sources: list[Source], overwrite: bool) -> str | None:
+    """The text encoder's tokenizer, if it lies beside it and is not in DST yet.
+
+    Raises: InputError when another one is in DST, and may not be replaced.
+    """
+    vocab = [s.model.cfg.vocab for s in sources if s.part == "text"]
+    if not vocab or not src.is_dir():
+        return None
     try:
-        tokenizer = load_tokenizer(src, vocab)
+        text = load_tokenizer(src, vocab[0]).to_str()
     except CheckpointError as e:
         print(f"lvjax: the text encoder has no tokenizer yet: {e}", file=sys.stderr)
-        return
-    write_atomic(dst / "tokenizer.json", tokenizer.to_str().encode())
+        return None
+    path = dst / TOKENIZER
+    with suppress(CheckpointError):
+        if path.exists() and load_tokenizer(path, vocab[0]).to_str() == text:
+            return None
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} is there and is another; use --overwrite, or another DST")
+    return text
 
 
 def _save(report: Path, facts: dict) -> None:
-    report.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(report, (json.dumps(facts, indent=1) + "\n").encode())
-
-
-def _is_there(source: Source, path: Path, report: Path, args) -> bool:
-    """Whether the part has been converted before; its arrays are then read and checked.
-
-    Raises: InputError when something else is in its place, and may not be replaced.
-    """
-    other = [p for t in TARGETS.values() if (p := part_path(path.parent, source.part, t.suffix))]
-    found = [p for p in other if p.exists()]
-    if not found:
-        return False
-    if found == [path] and _same(source, path, report, args.dtype):
-        open_stored(path).check()
-        return True
-    if not args.overwrite:
-        raise InputError(
-            f"{found[0]} is there and is not of this conversion; use --overwrite, or another DST"
-        )
-    return False
-
-
-def _same(source: Source, path: Path, report: Path, dtype: str) -> bool:
-    """Whether `path` is what this conversion writes, as its report says."""
-    try:
-        facts, stored = json.loads(report.read_text()), open_stored(path)
-        sums = {name: int(a["crc32"], 16) for name, a in facts["arrays"].items()}
-        files = facts["source"]["files"]
-    except (OSError, ValueError, KeyError, TypeError, CheckpointError):
-        return False
-    wanted = json.loads(json.dumps(part_meta(source.model, source.part)))
-    same = stored.meta == wanted and facts.get("dtype") == dtype
-    same = same and files == source_files(source.model.tensors)
-    return same and sums == {name: slot.crc for name, slot in stored.slots.items()}
 
 
 def _back(src: Path, dst: Path, args) -> int:
     """From lvjax's parts to a checkpoint in another naming."""
-    if src.is_dir() and not (src / "lvjax.json").is_file():
-        found = [
-            p
-            for part in PARTS
-            for t in TARGETS.values()
-            if (p := part_path(src, part, t.suffix)).exists() and args.part in (None, part)
-        ]
-    else:
-        found = [src]
+    given = {"--dtype": args.dtype != "keep", "--format": args.format != "safetensors"}
+    given |= {"--weights": args.weights, "--keep-unused": args.keep_unused, "--verify": args.verify}
+    if wrong := [option for option, is_given in given.items() if is_given]:
+        raise InputError(f"{wrong[0]} is not for the way back; leave it out with --to")
+    found = [src]
+    if src.is_dir() and not (src / OWN).is_file():
+        found = []
+        for part in PARTS:
+            there = _places(src, part) if args.part in (None, part) else []
+            if len(there) > 1:
+                raise CheckpointError(
+                    f"{there[0]} and {there[1]} are the same part; finish the conversion, or "
+                    "remove one"
+                )
+            found += there
     if not found:
         raise CheckpointError(f"{src} holds no part that `lvjax convert` wrote; give its folder")
+    plans = {path: plan_export(open_stored(path), dst, args.to) for path in found}
     with lock.hold(dst, "DST"):
-        for path in found:
-            files = export_part(open_stored(path), dst, args.to)
+        for path, plan in plans.items():
+            if plan.left_out:
+                what = f"{len(plan.left_out)} unused arrays of {path}"
+                print(f"lvjax: {what} have no place in this naming", file=sys.stderr)
+            stored, over = open_stored(path), args.overwrite
+            with _bar(plan.size, path.name) as bar:
+                files = export_part(stored, plan, overwrite=over, progress=bar.update)
             print(f"{path} -> {', '.join(map(str, files))}", file=sys.stderr)
     return 0

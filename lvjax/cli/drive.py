@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from lvjax.core.errors import InputError, one_line
 from lvjax.core.signals import stoppable
-from lvjax.models.umt5 import UMT5Config
+from lvjax.models.pocket_text import PocketTextConfig
 from lvjax.run import card as cards
 from lvjax.run import job
 from lvjax.run import plan as plans
-from lvjax.run.bundle import Bundle, load
+from lvjax.run.bundle import Bundle
 from lvjax.run.encoders import encode_prompts, load_embeddings
 from lvjax.run.job import Progress
+from lvjax.run.loras import filled
 from lvjax.run.request import MAX_SIDE, Request
 from lvjax.run.session import texts_of
 
@@ -66,7 +67,7 @@ def check_output(output: Path, rows: int, overwrite: bool) -> None:
 
 
 def announce(outline: Bundle, request: Request, output, quiet: bool, clip: int = 0) -> None:
-    """Print the plan of a run, unless quiet, and check that it fits.
+    """Print the plan of a run, unless quiet, and check that it fits; say what is left out of LoRAs.
 
     outline: the model without weights.  clip: the one that the run goes on with.
     Raises: InputError for a picture that the file format cannot hold; DoesNotFitError naming
@@ -79,6 +80,8 @@ def announce(outline: Bundle, request: Request, output, quiet: bool, clip: int =
         print(plans.describe(plan, plans.measured_rate(outline.dit.dtype)), flush=True)
     plans.check_memory(plan, outline, work)
     plans.check_disk(plan, output)
+    for notice in outline.notices:
+        note(notice)
 
 
 def check_picture(size: tuple[int, int], upscale: int) -> None:
@@ -103,17 +106,17 @@ def note_differences(card: dict, options: dict, bundle: Bundle) -> dict:
     return now
 
 
-def load_model(model: str, sizes: Bundle, request: Request, embeddings: str | None) -> Bundle:
-    """A model with its weights and the defaults of `sizes`.
+def load_model(sizes: Bundle, request: Request, embeddings: str | None) -> Bundle:
+    """A model with its weights, from its outline.
 
     Prompts pass through a large text encoder before the weights are read, so that the two are never
     in memory together.  embeddings: a file of prompts that were read before.
     """
-    known = {} if embeddings is None else load_embeddings(embeddings)
-    if isinstance(sizes.text, UMT5Config):
+    known = {} if embeddings is None else load_embeddings(embeddings, sizes.dit.text_dim)
+    if not isinstance(sizes.text, PocketTextConfig):
         missing = [text for text in texts_of(sizes, request) if text not in known]
         known |= encode_prompts(sizes, missing) if missing else {}
-    return dataclasses.replace(load(model), defaults=sizes.defaults, embeddings=known)
+    return dataclasses.replace(filled(sizes), embeddings=known)
 
 
 def finish(bundle: Bundle, output: Path, quiet: bool) -> int:

@@ -18,12 +18,13 @@ from lvjax.io.image import fit_image, read_image
 from lvjax.io.video import read_video
 from lvjax.methods import METHODS
 from lvjax.run import card as cards
-from lvjax.run import job, lock
+from lvjax.run import job, lock, loras
+from lvjax.run.adapters import parse
 from lvjax.run.bundle import Bundle, outline
 from lvjax.run.defaults import Defaults
 from lvjax.run.presets import SIZES
 from lvjax.run.request import Request, check_frames, check_size, frame_count, spread
-from lvjax.run.session import check_settings, span
+from lvjax.run.session import check_settings, size_for, span
 
 TEXT, WHOLE, NUMBER = (str, "text"), (int, "a whole number"), (int | float, "a number")
 OPTIONS: dict[str, tuple[Any, str]] = {
@@ -45,8 +46,13 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "seed": WHOLE,
     "method": TEXT,
     "model": TEXT,
+    "lora": (str | list | tuple, "text, or a list of texts"),
+    "merge_lora": (bool, "True or False"),
 }
 """Settings of a video, on the command line and in a config: type, and the same in words."""
+
+LISTS = ("prompt", "lora")
+"""Settings of which there may be several."""
 
 INPUTS = ("image", "last_image", "video", "embeddings")
 """Settings that are files, whose hashes the card holds."""
@@ -93,6 +99,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="default: 0")
     add("--method", choices=sorted(METHODS), help="default: the model's own")
     add("--model", help='"pocket" (default) or a folder')
+    add(
+        "--lora",
+        action="append",
+        metavar="[high:|low:]FILE[=STRENGTH]",
+        help="a LoRA to put beside the weights, at a strength (default: 1); repeat it for several; "
+        "of a model with two experts both get it, unless it says which",
+    )
+    merge = "add the LoRAs to the weights instead, which takes no time per step"
+    add("--merge-lora", action="store_const", const=True, help=merge)
     add("--config", help="a config file or name with any of these settings")
     add(
         "--set",
@@ -127,7 +142,7 @@ def _start(args, options: dict, output: Path) -> int:
         drive.announce(sizes, request, output, args.quiet)
         for notice in notices:
             drive.note(notice)
-        bundle = drive.load_model(model, sizes, request, options["embeddings"])
+        bundle = drive.load_model(sizes, request, options["embeddings"])
         card = _card(request, bundle, model, options)
         for notice in job.start(bundle, request, output, card):
             drive.note(notice)
@@ -157,16 +172,20 @@ def _resume(args, options: dict, output: Path) -> int | None:
         rows = set(job.outputs(output, len(request.timelines)))
         held.enter_context(lock.hold(rows - {output}))
         model = cards.model_place(options["model"] or card["options"].get("model"))
+        changed = _outline(model, options) if _given(args) or options["lora"] else None
         if _given(args):
-            _check_same(card, model, options)
+            _check_same(card, changed, model, options)
+        if changed is not None:
+            loras.check_same(changed, card["options"])
         if complete:
             print(f"{job.videos(output)[0]} is already complete")
             return 0
-        sizes = job.with_defaults(outline(model), card)
+        sizes = changed or loras.with_card(outline(model), card["options"])
+        sizes = job.with_defaults(sizes, card)
         _check_saved(sizes, request, output)
         cards.check_place(output)
         drive.announce(sizes, request, output, args.quiet, job.position(output)[0])
-        bundle = drive.load_model(model, sizes, request, options["embeddings"])
+        bundle = drive.load_model(sizes, request, options["embeddings"])
         if card["weights"] != bundle.hashes:
             raise InputError(
                 f"the run was begun with other weights than those of {model}; give the folder that "
@@ -184,9 +203,8 @@ def _check_saved(sizes: Bundle, request: Request, output: Path) -> None:
         raise CheckpointError(f"the state of {output} cannot be followed: {e}") from e
 
 
-def _check_same(card: dict, model: str, options: dict) -> None:
+def _check_same(card: dict, sizes: Bundle, model: str, options: dict) -> None:
     """Raises: InputError when the settings beside --resume are not those of the card."""
-    sizes = _outline(model, options)
     if all(options.get(k) is None for k in ALTERNATIVES[0]):
         raise InputError(
             "settings beside --resume must be all those of the run, its prompts too; or give "
@@ -197,14 +215,18 @@ def _check_same(card: dict, model: str, options: dict) -> None:
 
 
 def _outline(model: str, options: dict) -> Bundle:
-    """A model without weights, with the defaults that the settings ask for."""
-    found = outline(model)
+    """A model without weights, with the LoRAs and defaults that the settings ask for."""
+    asked = [parse(text) for text in options["lora"] or ()]
+    found = loras.with_lora(outline(model), asked, options["merge_lora"] or False)
     return dataclasses.replace(found, defaults=options["defaults"](found.defaults))
 
 
 def _given(args) -> bool:
-    """Whether any setting of the video is on the command line."""
-    settings = (getattr(args, k) for k in (*OPTIONS, "config") if k != "model")
+    """Whether any setting of the video is on the command line; model and LoRAs alone say where the
+    files are now.
+    """
+    places = ("model", "lora", "merge_lora")
+    settings = (getattr(args, k) for k in (*OPTIONS, "config") if k not in places)
     return bool(args.set) or any(v is not None for v in settings)
 
 
@@ -232,18 +254,25 @@ def _options(args) -> dict:
     given = {k: v for k in OPTIONS if (v := getattr(args, k)) is not None}
     replaced = {k for group in ALTERNATIVES if given.keys() & set(group) for k in group}
     options = {k: None if k in replaced else loaded.get(k) for k in OPTIONS} | given
-    if isinstance(options["prompt"], str):
-        options["prompt"] = [options["prompt"]]
+    for name in LISTS:
+        if isinstance(options[name], str):
+            options[name] = [options[name]]
+    if "model" in loaded and options["model"] is None and not args.resume:
+        raise InputError(
+            f"{args.config} leaves the model open; give the folder of its weights with --model"
+        )
     if not hasattr(loaded.get("defaults", {}), "keys"):
         raise InputError(
             f"{args.config}: defaults is {loaded['defaults']!r}; give names and values"
         )
     for name, (kind, words) in OPTIONS.items():
         value = options[name]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+        as_bool = isinstance(value, bool) and kind is not bool
+        if value is not None and (as_bool or not isinstance(value, kind)):
             raise InputError(f"{args.config}: {name} is {value!r}; give {words}")
-    if wrong := [p for p in options["prompt"] or () if not isinstance(p, str)]:
-        raise InputError(f"{args.config}: a prompt is {wrong[0]!r}; give text")
+    for name in LISTS:
+        if wrong := [p for p in options[name] or () if not isinstance(p, str)]:
+            raise InputError(f"{args.config}: a {name} is {wrong[0]!r}; give text")
     if other := [c for c in args.set if not args.config and not c.startswith("defaults.")]:
         raise InputError(f"--set {other[0]}: without --config only defaults.KEY=VALUE can be set")
     changes = [c.removeprefix("defaults.") for c in args.set if c.startswith("defaults.")]
@@ -263,8 +292,7 @@ def make_request(bundle: Bundle, options: dict) -> tuple[Request, list[str]]:
         if options.get("frames") is not None
         else frame_count(SECONDS if options.get("seconds") is None else options["seconds"], d.fps)
     )
-    size = d.size if options.get("size") is None else _size(options["size"])
-    check_size(size, bundle)
+    size = None if options.get("size") is None else check_size(_size(options["size"]), bundle)
     count = 1 if options.get("num_videos") is None else options["num_videos"]
     if count < 1:
         raise InputError(f"--num-videos is {count}; give 1 or more")
@@ -286,12 +314,19 @@ def make_request(bundle: Bundle, options: dict) -> tuple[Request, list[str]]:
         method=options.get("method"),
         strength=options.get("strength"),
     )
-    start, notices = _start_frames(options, size, d.fps, span(bundle, request))
+    image, notices = None, []
+    if options.get("image") is not None:
+        image, notices = read_image(options["image"])
+    if size is None:
+        size = d.size if image is None else size_for(bundle, request, image.shape[:2])
+    start = None if image is None else fit_image(image, size)[None]
+    if options.get("video") is not None:
+        start = _video_frames(options["video"], size, d.fps, *span(bundle, request))
     last = None
     if options.get("last_image") is not None:
         image, more = read_image(options["last_image"])
         last, notices = fit_image(image, size), list(dict.fromkeys([*notices, *more]))
-    request = dataclasses.replace(request, start=start, last=last)
+    request = dataclasses.replace(request, size=size, start=start, last=last)
     check_settings(bundle, request)
     return request, notices
 
@@ -323,18 +358,13 @@ def _guidance(given):
     return scales[0] if len(scales) == 1 else scales
 
 
-def _start_frames(options: dict, size: tuple[int, int], fps: int, used: tuple[str, int]):
-    """Start frames in [-1, 1], of 8 bits as the card holds them; and notices."""
-    if options.get("image") is not None:
-        image, notices = read_image(options["image"])
-        frames = fit_image(image, size)[None]
-    elif options.get("video") is not None:
-        which = {"last": "max_frames", "first": "first"}[used[0]]
-        video, _ = read_video(options["video"], fps=fps, **{which: used[1]})
-        frames, notices = np.stack([fit_image(f, size) for f in video]), []
-    else:
-        return None, []
-    return frames, notices
+def _video_frames(path, size: tuple[int, int], fps: int, end: str, most: int) -> np.ndarray:
+    """The "first" or "last" so many frames of a video, in [-1, 1] and of 8 bits, as the card holds
+    them.
+    """
+    which = {"last": "max_frames", "first": "first"}[end]
+    video, _ = read_video(path, fps=fps, **{which: most})
+    return np.stack([fit_image(frame, size) for frame in video])
 
 
 def _timelines(options: dict, frames: int, fps: int) -> list:
@@ -345,10 +375,7 @@ def _timelines(options: dict, frames: int, fps: int) -> list:
         raise InputError(f"{names} given; give one of --prompt, --timeline, --prompt-file")
     if given == ["prompt"]:
         return [spread(list(options["prompt"]), frames, fps)]
-    lines = [x.strip() for x in _text(options[given[0]]).splitlines()]
-    lines = [x for x in lines if x and not x.startswith("#")]
-    if not lines:
-        raise InputError(f"{options[given[0]]} holds no prompt; write one per line")
+    lines = read_lines(options[given[0]])
     if given == ["prompt_file"]:
         return [spread([x], frames, fps) for x in lines]
     return [tuple(_moment(x, options["timeline"]) for x in lines)]
@@ -364,10 +391,18 @@ def _moment(line: str, source) -> tuple[float, str]:
     return 60 * int(found[1] or 0) + float(found[2]), found[3]
 
 
-def _text(path) -> str:
+def read_lines(path) -> list[str]:
+    """The lines of a file of prompts; empty ones and comments (# ...) are left out.
+
+    Raises: InputError when it cannot be read or holds none.
+    """
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(
             f"cannot read {path} ({e.strerror if isinstance(e, OSError) else 'not UTF-8 text'})"
         ) from e
+    lines = [line.strip() for line in text.splitlines()]
+    if not (lines := [line for line in lines if line and not line.startswith("#")]):
+        raise InputError(f"{path} holds no prompt; write one per line")
+    return lines

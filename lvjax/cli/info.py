@@ -1,55 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lvjax info`: what is here."""
+"""`lvjax info`: what is here, or what a file or folder is.
+
+Without CHECKPOINT: versions, devices, methods and the pocket model.  With one: which part or model
+it is, for which model, its types and sizes, whether all of its arrays have their place, and the
+command that takes it; only headers are read.
+"""
 
 import argparse
 import importlib.metadata
 import platform
+from pathlib import Path
 
 import jax
 
-import lvjax.run.bundle as bundles
-from lvjax.core.errors import CheckpointError
-from lvjax.core.params import count
+from lvjax.core.errors import CheckpointError, one_line
 from lvjax.data.prompts import CAMERAS, COLOURS, MAX_WORDS, SCENES, SHAPES, WORDS
 from lvjax.methods import METHODS
+from lvjax.run.about import about, parameters, settings
+from lvjax.run.bundle import outline
 
 PACKAGES = ("lvjax", "jax", "jaxlib", "flax", "optax", "numpy", "av")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", nargs="?", default="pocket", help='"pocket" or a folder (default: pocket)'
+        "checkpoint",
+        nargs="?",
+        default="pocket",
+        metavar="CHECKPOINT",
+        help="weights of any kind, a LoRA, embeddings, a video or its state: a file or a folder",
     )
 
 
 def run(args) -> int:
-    print(
-        "versions  python "
-        + platform.python_version()
-        + "".join(f" · {p} {_version(p)}" for p in PACKAGES)
-    )
-    for d in jax.devices():
-        print(f"device    {d.platform}:{d.id} {d.device_kind}")
-    print("methods   " + " · ".join(sorted(METHODS)))
-    bundle = bundles.load(args.model)
-    sizes = bundles.specs(bundle)
-    print(
-        f"model     {bundle.name}: "
-        + " · ".join(f"{k} {count(s) / 1e6:.1f} M parameters" for k, s in sizes.items())
-    )
-    d = bundle.defaults
-    print(
-        f"          {d.size[1]}x{d.size[0]} at {d.fps} frames/s, {d.steps} steps of {d.solver}, "
-        f"guidance {d.guidance}, T-RFlow {list(d.window)}"
-    )
-    if bundle.name == "pocket":
-        print(f"language  up to {MAX_WORDS} of {len(WORDS)} words: {' '.join(WORDS)}")
-        print(
-            f"          camera: {', '.join(CAMERAS)} · colours: {', '.join(COLOURS)} · shapes: "
-            f"{', '.join(SHAPES)} · scenes: {', '.join(SCENES)}"
-        )
-        print('          example: "the camera pans left over a landscape, a red circle moves up"')
+    if args.checkpoint == "pocket":
+        _here()
+        return 0
+    lines, wrong = about(Path(args.checkpoint))
+    for word, text in lines:
+        _say(word, one_line(text))
+    if wrong:
+        raise CheckpointError(wrong[0])
     return 0
+
+
+def _say(word: str, text: str) -> None:
+    print(f"{word:<9} {text}")
+
+
+def _here() -> None:
+    """This installation, and the model that comes with it."""
+    versions = (f" · {p} {_version(p)}" for p in PACKAGES)
+    _say("versions", f"python {platform.python_version()}{''.join(versions)}")
+    for d in jax.devices():
+        _say("device", f"{d.platform}:{d.id} {d.device_kind}")
+    _say("methods", " · ".join(sorted(METHODS)))
+    pocket = outline()
+    parts = (f"{part} {parameters(pocket.config(part))}" for part in ("dit", "vae", "text"))
+    _say("model", f"{pocket.name}: {' · '.join(parts)}")
+    _say("", settings(pocket.defaults))
+    _say("language", f"up to {MAX_WORDS} of {len(WORDS)} words: {' '.join(WORDS)}")
+    scenes = f"shapes: {', '.join(SHAPES)} · scenes: {', '.join(SCENES)}"
+    _say("", f"camera: {', '.join(CAMERAS)} · colours: {', '.join(COLOURS)} · {scenes}")
+    _say("", 'example: "the camera pans left over a landscape, a red circle moves up"')
 
 
 def _version(package: str) -> str:

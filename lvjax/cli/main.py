@@ -19,9 +19,10 @@ from lvjax.core.signals import interruptible
 COMMANDS = {
     "generate": "make a video from prompts, a photo or a video",
     "replay": "make a video again from its run card",
-    "info": "devices, versions, models and the pocket vocabulary",
+    "info": "what is here, or what a checkpoint, LoRA or video is",
     "train": "train a model from a config",
     "convert": "turn PyTorch Wan weights into lvjax weights",
+    "encode": "read prompts once, for machines without a text encoder",
 }
 
 

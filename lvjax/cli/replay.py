@@ -17,8 +17,9 @@ from lvjax.core.compat import enable_compilation_cache
 from lvjax.core.errors import CheckpointError, LvjaxError
 from lvjax.io.video import FragmentedWriter, read_card
 from lvjax.run import card as cards
-from lvjax.run import job, lock
+from lvjax.run import job, lock, loras
 from lvjax.run import plan as plans
+from lvjax.run.adapters import for_card
 from lvjax.run.bundle import Bundle, outline
 from lvjax.run.request import Request
 from lvjax.run.session import check_settings, open_session
@@ -30,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("video", help="a video that `lvjax generate` wrote, or its card, VIDEO.json")
     add("--out", help="default: NAME-replay.mp4 beside it")
     add("--model", help='"pocket" or a folder, where the weights are now (default: as in the card)')
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="where a LoRA of the run is now; found by its content (default: as in the card)",
+    )
     add("--overwrite", action="store_true", help="replace a video that is already there")
     add("--quiet", action="store_true", help="no plan and no progress")
 
@@ -41,6 +49,7 @@ def run(args) -> int:
     row = cards.check_card(card, source).get("row")
     model = cards.model_place(card["options"].get("model") if args.model is None else args.model)
     sizes, request = _resolve(card, row, model, source)
+    sizes = loras.with_card(sizes, card["options"], args.lora)
     video = source.with_suffix("") if source.suffix == ".json" else source
     output = Path(args.out) if args.out else video.with_name(f"{video.stem}-replay.mp4")
     batch = len(request.timelines)
@@ -50,8 +59,9 @@ def run(args) -> int:
     with lock.hold({output, *job.outputs(output, rows)}):
         drive.check_output(output, rows, args.overwrite)
         drive.announce(sizes, request, output, args.quiet)
-        bundle = drive.load_model(model, sizes, request, None)
-        now = drive.note_differences(card, card["options"] | {"model": model}, bundle)
+        bundle = drive.load_model(sizes, request, None)
+        options = card["options"] | {"model": model} | for_card(bundle.loras, bundle.merged)
+        now = drive.note_differences(card, options, bundle)
         if alone:
             return _one_of_batch(bundle, request, row, output, now, args.quiet)
         for notice in job.start(bundle, request, output, now):

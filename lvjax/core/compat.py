@@ -6,6 +6,9 @@ from pathlib import Path
 
 import jax
 
+SLICES_WIDEN = jax.__version_info__ < (0, 11)
+"""Whether XLA on the CPU slices bfloat16 as float32, see core/offload.py."""
+
 
 def cache_dir() -> Path:
     """Where compiled programs are kept between runs ($LVJAX_CACHE_DIR, else the user's cache

@@ -93,7 +93,11 @@ def own_file(kinds, meta: dict, crc: dict[str, int], files: dict[str, bytes]) ->
     }
     others = {name: f"{zlib.crc32(data):08x}" for name, data in files.items()}
     body = {"format": FORMAT, "meta": meta, "arrays": arrays, "files": others}
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return _signed(json.dumps(body, sort_keys=True, separators=(",", ":")))
+
+
+def _signed(text: str) -> bytes:
+    """A JSON text with its checksum before it."""
     return f'{{"crc32":"{zlib.crc32(text.encode()):08x}","body":{text}}}\n'.encode()
 
 
@@ -108,23 +112,30 @@ def open_folder(path) -> Stored:
         raise CheckpointError(f"{path} has no {OWN}; give a folder that `lvjax convert` finished")
     with readable(own):
         text = own.read_bytes()
-        found = json.loads(text)
-        again = json.dumps(found["body"], sort_keys=True, separators=(",", ":"))
-        if text != f'{{"crc32":"{zlib.crc32(again.encode()):08x}","body":{again}}}\n'.encode():
+        body = json.loads(text)["body"]
+        again = json.dumps(body, sort_keys=True, separators=(",", ":"))
+        if text != _signed(again):
             raise ValueError("its checksum does not match")
-        body = found["body"]
+        if body["format"] != FORMAT:
+            raise ValueError(f"its format is {body['format']!r}")
+        slots = {name: _slot(path, name, *entry) for name, entry in body["arrays"].items()}
     for name, crc in body["files"].items():
-        file = path / name
-        with readable(file):
-            if f"{zlib.crc32(file.read_bytes()):08x}" != crc:
+        with readable(path / name):
+            if f"{zlib.crc32((path / name).read_bytes()):08x}" != crc:
                 raise ValueError("its checksum does not match")
-    slots = {}
-    for name, (kind, shape, pieces, crc) in body["arrays"].items():
-        dtype = np.dtype(DTYPES[kind])
-        size = math.prod(shape) * dtype.itemsize // pieces
-        places = tuple((path / piece_file(name, i, len(shape)), 0, size) for i in range(pieces))
-        with readable(path):
-            if wrong := [p for p, _, _ in places if p.stat().st_size != size]:
-                raise ValueError(f"{wrong[0]} has another size")
-        slots[name] = Slot(dtype, tuple(shape), int(crc, 16), places)
+    for slot in slots.values():
+        for file, _, size in slot.pieces:
+            with readable(file):
+                if file.stat().st_size != size:
+                    raise ValueError(f"it has other than {size} bytes")
     return Stored(path, slots, body["meta"])
+
+
+def _slot(path: Path, name: str, kind: str, shape: list[int], pieces: int, crc: str) -> Slot:
+    """Where an array lies, from its line in `lvjax.json`."""
+    dtype = np.dtype(DTYPES[kind])
+    if pieces < 1:
+        raise ValueError(f"array {name!r} in {pieces} pieces")
+    size = math.prod(shape) * dtype.itemsize // pieces
+    places = tuple((path / piece_file(name, i, len(shape)), 0, size) for i in range(pieces))
+    return Slot(dtype, tuple(shape), int(crc, 16), places)

@@ -13,13 +13,14 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from lvjax.core.checkpoint import BLOCK, Stored, file_header, file_layout, open_arrays, raw
-from lvjax.core.errors import StorageError
+from lvjax.core.errors import CheckpointError, StorageError
 from lvjax.core.orbax_layout import OWN, metadata_files, open_folder, own_file, piece_file
 
 
@@ -39,6 +40,11 @@ class Kind(NamedTuple):
 Kinds = dict[str, Kind]
 
 
+def total_bytes(kinds: Kinds) -> int:
+    """Bytes of all arrays."""
+    return sum(kind.piece_bytes * kind.pieces for kind in kinds.values())
+
+
 class FileTarget:
     """One safetensors file with checksums (core/checkpoint.py)."""
 
@@ -56,7 +62,7 @@ class FileTarget:
 
     def commit(self, crc: dict[str, int]) -> None:
         """Write what makes the arrays readable."""
-        with open(self.partial, "r+b") as f:
+        with open(self.partial, "r+b" if self.partial.exists() else "wb") as f:
             f.write(file_header(self.layout, self.meta, crc))
             f.flush()
             os.fsync(f.fileno())
@@ -110,11 +116,14 @@ def write_stream(
     kinds: what is written.  meta: saved beside it.  identity: of the source; with these it tells
       whether what an interrupted run has left is part of the same work.
     pieces(name)(index): the array of that piece, of the type and shape that `kinds` says.
-    fmt: a name in `TARGETS`.  progress: called with the bytes of each piece done.
+    fmt: a name in `TARGETS`.  progress: called with the bytes of each piece done, `total_bytes` in
+      the end.
     finish: called with the crc32 of every array before the target appears.
-    Raises: StorageError when the disk is full or the place cannot be written.
+    Raises: StorageError when the disk is full or the place cannot be written; what is done is kept
+      for the next run.  CheckpointError of `pieces`; then nothing is kept, as nothing can be made
+      of such a source.
     """
-    partial, log = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.log")
+    partial, log, _ = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         target = TARGETS[fmt](partial, kinds, meta)
@@ -128,11 +137,41 @@ def write_stream(
         finish(crc)
         _put(partial, path)
         log.unlink()
+    except CheckpointError:
+        with suppress(OSError):
+            _remove(partial)
+            _remove(log)
+        raise
     except OSError as e:
         raise StorageError(
             f"cannot write {path}: {e.strerror or e}; free space or choose another place, and run "
             "it again: it goes on where it stopped"
         ) from e
+
+
+def _beside(path: Path) -> tuple[Path, Path, Path]:
+    """Where a target grows, the log of that, and where an older target waits to be removed."""
+    partial, log, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "log", "old"))
+    return partial, log, old
+
+
+def remove(path: Path) -> None:
+    """Remove a target, and what killed runs have left of it; nothing need be there.
+
+    A folder is moved to where nobody looks for it first: a kill leaves no half of it in its place.
+    """
+    clean(path)
+    if path.is_dir() and not path.is_symlink():
+        *_, old = _beside(path)
+        os.rename(path, old)
+        path = old
+    _remove(path)
+
+
+def clean(path: Path) -> None:
+    """Remove what killed runs have left beside `path`, when it is complete or not wanted."""
+    for place in _beside(path):
+        _remove(place)
 
 
 def _described(kinds: Kinds) -> dict:
@@ -154,15 +193,16 @@ def _begin(partial: Path, log: Path, work: list) -> dict:
         lines = [first]
     done = {}
     for line in lines[1:]:
-        name, index, crc = line.rsplit(" ", 2)
-        done[name, int(index)] = int(crc, 16)
+        with suppress(ValueError):  # a line that a power cut has damaged: that piece is not done
+            name, index, crc = line.rsplit(" ", 2)
+            done[name, int(index)] = int(crc, 16)
     return done
 
 
 def _check_room(path: Path, partial: Path, kinds: Kinds) -> None:
     there = [partial, *partial.rglob("*")] if partial.is_dir() else [partial]
     have = sum(p.stat().st_blocks * 512 for p in there if p.exists())
-    needs = sum(k.piece_bytes * k.pieces for k in kinds.values()) - have
+    needs = total_bytes(kinds) - have
     free = shutil.disk_usage(path.parent).free
     if needs > free:
         raise StorageError(
@@ -211,15 +251,22 @@ def _read_crc(file: Path, start: int, size: int, crc: int) -> int | None:
 
 
 def _put(partial: Path, path: Path) -> None:
-    """Give the finished target its name, in place of an older one."""
+    """Give the finished target its name, in place of an older one, which stays until then.
+
+    A folder cannot be replaced at once: it is moved aside first, to where nobody looks for it.
+    """
+    *_, old = _beside(path)
     if path.is_dir() or (partial.is_dir() and path.exists()):
-        old = path.with_name(f".{path.name}.old")
         _remove(old)
         os.rename(path, old)
-        os.rename(partial, path)
-        _remove(old)
+        try:
+            os.rename(partial, path)
+        except OSError:
+            os.rename(old, path)
+            raise
     else:
         os.replace(partial, path)
+    _remove(old)  # also one that a killed run has left
     handle = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(handle)

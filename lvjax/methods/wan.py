@@ -10,6 +10,7 @@ textimage2video.py; huggingface/diffusers, pipeline_wan_video2video.py.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -112,9 +113,8 @@ class WanClip:
 
 
 class Stages(NamedTuple):
-    """A step in parts, for a caller that does something between them, such as moving the expert
-    that is not in use to the host.  Each may be compiled alone; the solver's history is in the
-    carry.
+    """A step in parts, for a caller that does something between them, as `staged` does.  Each may
+    be compiled alone; the solver's history is in the carry.
 
     begin: WanState -> Carry.  experts: for each, (weights, Carry, WanState, Context) -> Carry.
     finish: (weights of the autoencoder, Carry, WanState) -> (WanState, (latents, frames)).
@@ -139,13 +139,64 @@ def wan(
     """
     settings = WanSettings() if settings is None else settings
     check(dit_cfg, vae_cfg, settings)
+    step = bound(_step, stages=stages(dit_cfg, vae_cfg, settings))
+    return Method(init=_init, step=Partial(step, _used(weights, settings)))
+
+
+def staged(
+    weights, dit_cfg: DiTConfig, vae_cfg: VAEConfig, settings: WanSettings, ready: Callable
+) -> Callable:
+    """The step of `wan` as a program for each part, so that the weights of one expert at a time are
+    on the device.
+
+    weights, and the step's arguments and results: as in `wan`; a state is donated.
+    ready: weights of an expert, wherever they are -> the same on the device; called before its
+    steps, unless it has none, and not held after them.  The sampler's carry stays on the device.
+    Raises: InputError as `wan`.
+    """
+    check(dit_cfg, vae_cfg, settings)
+    weights, parts = _used(weights, settings), stages(dit_cfg, vae_cfg, settings)
+
+    def step(state: WanState, clip: WanClip):
+        _check_contexts(clip, parts)
+        carry = _begin_alone(parts.begin, state)
+        for i, (first, last) in enumerate(settings.spans):
+            if first < last:
+                params = ready(weights[EXPERTS[i]])
+                # waiting keeps the next expert from coming before this one has gone
+                carry = jax.block_until_ready(
+                    _expert_alone(parts.experts[i], carry, params, state, clip.contexts[i])
+                )
+                del params
+        return _finish_alone(parts.finish, state, carry, weights["vae"])
+
+    return step
+
+
+_begin_alone = jax.jit(lambda part, state: part(state), static_argnums=0)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _expert_alone(part, carry: Carry, params, state: WanState, context: Context):
+    return part(params, carry, state, context)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _finish_alone(part, state: WanState, carry: Carry, params):
+    return part(params, carry, state)
+
+
+def _used(weights, settings: WanSettings) -> dict:
+    """The weights that a run uses.
+
+    Raises: InputError unless they are those of as many experts as the settings are for.
+    """
     used = (*EXPERTS[: len(settings.spans)], "vae")
     if set(weights) & {*EXPERTS, "vae"} != set(used):
         raise InputError(
             f"weights are {sorted(weights)}; boundary={settings.boundary} needs {sorted(used)}"
         )
-    step = bound(_step, stages=stages(dit_cfg, vae_cfg, settings))
-    return Method(init=_init, step=Partial(step, {name: weights[name] for name in used}))
+    return {name: weights[name] for name in used}
 
 
 def check(dit_cfg: DiTConfig, vae_cfg: VAEConfig, settings: WanSettings) -> None:
@@ -228,11 +279,15 @@ def _init(condition, keys) -> WanState:
     return WanState(jnp.array(condition), clip, row_key_data(keys, condition.shape[0]))
 
 
-def _step(weights, state: WanState, clip: WanClip, *, stages: Stages):
+def _check_contexts(clip: WanClip, stages: Stages) -> None:
     if len(clip.contexts) != len(stages.experts):
         raise InputError(
             f"{len(clip.contexts)} contexts are given for {len(stages.experts)} experts"
         )
+
+
+def _step(weights, state: WanState, clip: WanClip, *, stages: Stages):
+    _check_contexts(clip, stages)
     carry = stages.begin(state)
     for name, expert, context in zip(EXPERTS, stages.experts, clip.contexts, strict=False):
         carry = expert(weights[name], carry, state, context)

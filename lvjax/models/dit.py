@@ -17,6 +17,7 @@ from flax import struct
 from jax import lax
 
 from lvjax.core.errors import InputError
+from lvjax.core.offload import fetch, is_ready, pick, scan_ahead
 from lvjax.core.params import Param, Spec, stack
 from lvjax.core.shapes import expect
 from lvjax.memory.cache import Past
@@ -129,7 +130,7 @@ def embed_context(params, text, cfg: DiTConfig, image=None) -> Context:
     cross = params["blocks"]["cross_attn"]
 
     def project(tokens, suffix):
-        return lax.map(lambda p: cross_keys_values(p, tokens, cfg, suffix), cross)
+        return lax.map(lambda p: cross_keys_values(fetch(p), tokens, cfg, suffix), cross)
 
     k, v = project(embed_text(params["text_embedding"], text, cfg), "")
     if image is None:
@@ -166,19 +167,15 @@ def _layers(params, x, e0, context, rotation, past, span, cfg: DiTConfig, remat:
     """Run layers span = (first, last) under `lax.scan`.
 
     past is carried, never scanned over, so that its slots change in place.  A partial span indexes
-    the stacked weights inside the loop: slices taken outside would be copies.
+    the stacked weights inside the loop: slices taken outside would be copies.  Weights that wait in
+    the host's memory are fetched a layer ahead.
     """
     first, last = span
-    whole = span == (0, cfg.num_layers)
     stacked = (params, context)
 
-    def pick(a, i):
-        return lax.dynamic_index_in_dim(a, first + i, keepdims=False)
-
-    def body(carry, xs):
+    def layer(carry, i, own):
         x, past = carry
-        i, layer = xs
-        p, ctx = layer if whole else jax.tree.map(lambda a: pick(a, i), stacked)
+        p, ctx = pick(stacked, first + i) if own is None else own
         memory = None if past is None else (past, i)
         x, past, keys = block(p, x, e0, ctx, rotation, memory, cfg)
         return (x, past), None if past is None else keys
@@ -188,9 +185,13 @@ def _layers(params, x, e0, context, rotation, past, span, cfg: DiTConfig, remat:
     # with everything kept.
     saved = jax.checkpoint_policies
     policy = saved.save_only_these_names("attention") if remat else saved.dots_saveable
-    body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+    layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
+    if not is_ready(stacked):
+        (x, past), keys = scan_ahead(layer, (x, past), stacked, span)
+        return x, past, keys
     index = jnp.arange(last - first, dtype=jnp.int32)
-    (x, past), keys = lax.scan(body, (x, past), (index, stacked if whole else None))
+    whole = stacked if span == (0, cfg.num_layers) else None
+    (x, past), keys = lax.scan(lambda c, xs: layer(c, *xs), (x, past), (index, whole))
     return x, past, keys
 
 

@@ -14,8 +14,9 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import numpy as np
 from checkpoints_convert.foreign import open_foreign
 from lvjax.core.checkpoint import Stored, raw, save_arrays, write_atomic
 from lvjax.core.errors import CheckpointError, InputError
+from lvjax.core.offload import wait
 from lvjax.core.params import abstract, flatten, unflatten
 from lvjax.core.streaming import TARGETS, open_stored
 from lvjax.models.config import DiTConfig, VAEConfig
@@ -36,6 +38,7 @@ from lvjax.models.image_encoder import ImageEncoderConfig
 from lvjax.models.pocket_text import PocketTextConfig, text_spec
 from lvjax.models.umt5 import UMT5Config
 from lvjax.models.vae import vae_spec
+from lvjax.run.adapters import Adapter, beside_bytes, by_part, merged_bytes
 from lvjax.run.defaults import Defaults
 from lvjax.run.presets import PRESETS, preset_of
 
@@ -61,7 +64,13 @@ class Bundle:
     parts: the files of every part, to read what is not held.  folder: where they are, and the
       tokenizer of UMT5.
     embeddings: rows of prompts that were encoded before, {prompt: float32 [M, D]}.
-    hashes: sha256 by part, of its sizes and the checksums of its arrays.
+    hashes: sha256 by part, of its sizes and the checksums of its arrays; and of every LoRA.
+    loras: what changes the transformers, in order.  merged: whether it is added up with their
+      weights, or kept beside them.
+    base: trees by part as they are without LoRAs, where they are in memory.
+    offload: where the blocks of the transformers wait while a session runs: "none" on the devices;
+      in the host's memory, from where "layers" brings a layer at a time, and "expert" a transformer
+      for its steps.
     """
 
     name: str
@@ -75,6 +84,15 @@ class Bundle:
     parts: Mapping[str, Stored] = field(default_factory=dict, repr=False)
     folder: Path | None = None
     embeddings: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    loras: tuple[Adapter, ...] = ()
+    merged: bool = False
+    base: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    offload: str = "none"
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know of its LoRAs."""
+        return tuple(lora.notice for lora in self.loras if lora.notice is not None)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -243,17 +261,33 @@ def load(name: str | Path = "pocket", dtype: str | None = None) -> Bundle:
     autoencoder always.
     Raises: CheckpointError when a file is missing, damaged, or does not match the model's spec.
     """
-    bundle = outline(name)
-    if dtype is not None:
-        own = {"dit": dataclasses.replace(bundle.dit, dtype=dtype)}
-        if isinstance(bundle.text, UMT5Config):
-            own["text"] = dataclasses.replace(bundle.text, dtype=dtype)
-        bundle = dataclasses.replace(bundle, **own)
+    return read_weights(typed(outline(name), dtype))
+
+
+def typed(bundle: Bundle, dtype: str | None) -> Bundle:
+    """An outline with activations of another type, as `load` describes it."""
+    if dtype is None:
+        return bundle
+    own = {"dit": dataclasses.replace(bundle.dit, dtype=dtype)}
+    if isinstance(bundle.text, UMT5Config):
+        own["text"] = dataclasses.replace(bundle.text, dtype=dtype)
+    return dataclasses.replace(bundle, **own)
+
+
+def read_weights(bundle: Bundle, change: Callable[[str, str, Any], Any] | None = None) -> Bundle:
+    """An outline with its weights and their hashes; what it has already is read again.
+
+    change(part, path, leaf): the leaf to hold instead, one at a time; the hashes are of the files.
+    Raises: CheckpointError as `load`.
+    """
     params, hashes = {}, {}
     for part, spec in specs(bundle).items():
         if part not in bundle.parts:
-            raise CheckpointError(f"{_folder(name)} has no file of the part {part!r}; restore it")
-        params[part], hashes[part] = _load(bundle.parts[part], spec, _wide(bundle, part))
+            raise CheckpointError(f"{bundle.folder} has no file of the part {part!r}; restore it")
+        keep = (lambda path, leaf: leaf) if change is None else partial(change, part)
+        if part in bundle.experts and bundle.offload != "none":
+            keep = partial(_waiting, keep)
+        params[part], hashes[part] = _load(bundle.parts[part], spec, _wide(bundle, part), keep)
     for part in bundle.parts.keys() - params.keys():  # read when needed
         if sums := _known(bundle.parts[part]):
             hashes[part] = _hash(sums)
@@ -262,15 +296,35 @@ def load(name: str | Path = "pocket", dtype: str | None = None) -> Bundle:
     return dataclasses.replace(bundle, params=params, hashes=hashes)
 
 
+def _waiting(change: Callable, path: str, leaf):
+    """As `change` gives it, those of the blocks in the host's memory."""
+    leaf = change(path, leaf)
+    return wait(leaf) if path.startswith("blocks/") else leaf
+
+
 def weight_bytes(bundle: Bundle) -> int:
-    """Bytes of the weights that `load` holds in memory, in the types that it gives them."""
-    total = 0
+    """Bytes of the weights that are held in memory, in the types that `load` gives them; with LoRAs
+    and, where they are merged into a copy, the weights that they are merged into.
+    """
+    total, loras = 0, by_part(bundle.loras)
     for part, spec in specs(bundle).items():
-        for name, param in flatten(spec).items():
-            slot = bundle.parts[part].slots.get(name) if part in bundle.parts else None
-            narrow = slot is not None and slot.dtype in HALF and not _wide(bundle, part)
-            total += math.prod(param.shape) * (2 if narrow else 4)
+        leaves = leaf_bytes(bundle, part, spec)
+        total += sum(math.prod(shape) * width for shape, width in leaves.values())
+        if part in loras and not bundle.merged:
+            total += beside_bytes(loras[part], leaves)
+        elif part in bundle.base:
+            total += merged_bytes(loras[part], leaves)
     return total
+
+
+def leaf_bytes(bundle: Bundle, part: str, spec: dict) -> dict[str, tuple[tuple[int, ...], int]]:
+    """For each parameter of a part that is held in memory, its shape and an element's bytes."""
+    leaves = {}
+    for name, param in flatten(spec).items():
+        slot = bundle.parts[part].slots.get(name) if part in bundle.parts else None
+        narrow = slot is not None and slot.dtype in HALF and not _wide(bundle, part)
+        leaves[name] = param.shape, 2 if narrow else 4
+    return leaves
 
 
 def _wide(bundle: Bundle, part: str) -> bool:
@@ -285,8 +339,8 @@ def _folder(name: str | Path) -> Path:
     return inside if str(name) == "pocket" else Path(name)
 
 
-def _load(stored: Stored, spec: dict, wide: bool) -> tuple[dict, str]:
-    """A part on the device, array by array, and its hash.
+def _load(stored: Stored, spec: dict, wide: bool, change: Callable) -> tuple[dict, str]:
+    """A part on the device, array by array, each as change(path, array) gives it, and its hash.
 
     Raises: CheckpointError listing what is missing, left over, misshapen or not finite.
     """
@@ -311,7 +365,7 @@ def _load(stored: Stored, spec: dict, wide: bool) -> tuple[dict, str]:
             raise CheckpointError(f"{stored.path}: {name} is not finite; restore it")
         found.append([name, str(array.dtype), list(array.shape), zlib.crc32(raw(array))])
         keep = array.dtype in HALF and not wide
-        arrays[name] = jnp.asarray(array if keep else array.astype(np.float32))
+        arrays[name] = change(name, jnp.asarray(array if keep else array.astype(np.float32)))
     return unflatten(arrays), _hash(found)
 
 
@@ -345,8 +399,10 @@ def save(folder, bundle: Bundle, dtype: str = "float16") -> None:
     """Write a bundle whose parts are all in memory as a folder that `load` reads; weights in
     `dtype`.
 
-    Raises: InputError when a weight is too large for `dtype`; StorageError.
+    Raises: InputError when a weight is too large for `dtype`, or has LoRAs beside it; StorageError.
     """
+    if bundle.loras and not bundle.merged:
+        raise InputError("LoRAs are kept beside these weights; merge them before they are saved")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for part, params in bundle.params.items():

@@ -86,6 +86,7 @@ def _pooled(params, ids, cfg):
 # ---- UMT5 --------------------------------------------------------------------------
 
 _block = jax.jit(umt5.block, static_argnames="cfg")
+GROUP = 8  # texts that pass through a layer together, so that many need no more memory
 
 
 def encode_prompts(bundle: Bundle, texts: Iterable[str]) -> dict[str, np.ndarray]:
@@ -103,10 +104,13 @@ def encode_prompts(bundle: Bundle, texts: Iterable[str]) -> dict[str, np.ndarray
     ids, mask, _ = _tokens(bundle, texts)
     longest = int(mask.sum(1).max())
     ids, mask = ids[:, :longest], mask[:, :longest]
-    x = jnp.asarray(_words(stored, ids))
+    groups = [slice(i, i + GROUP) for i in range(0, len(texts), GROUP)]
+    x = [jnp.asarray(_words(stored, ids[group])) for group in groups]
     for layer in layers(stored, "blocks"):
-        x = _block(jax.tree.map(jnp.asarray, unflatten(layer)), x, mask, cfg=cfg)
-    rows = np.asarray(umt5.final_norm(jnp.asarray(stored["norm"]), x, mask, cfg), np.float32)
+        params = jax.tree.map(jnp.asarray, unflatten(layer))
+        x = [_block(params, part, mask[g], cfg=cfg) for part, g in zip(x, groups, strict=True)]
+    x, norm = jnp.concatenate(x), jnp.asarray(stored["norm"])
+    rows = np.asarray(umt5.final_norm(norm, x, mask, cfg), np.float32)
     return {text: row[: int(m.sum())] for text, row, m in zip(texts, rows, mask, strict=True)}
 
 
@@ -149,16 +153,22 @@ def save_embeddings(path: Path, embeddings: Mapping[str, np.ndarray], model: str
     save_arrays(path, arrays, {"prompts": list(embeddings), "model": model, "kind": "embeddings"})
 
 
-def load_embeddings(path) -> dict[str, np.ndarray]:
-    """Rows by prompt.
+def load_embeddings(path, dim: int) -> dict[str, np.ndarray]:
+    """Rows by prompt, for a model that takes rows `dim` wide.
 
-    Raises: CheckpointError when the file is damaged or holds something else.
+    Raises: CheckpointError when the file is damaged, holds something else, or is of another model.
     """
     arrays, meta = load_arrays(path)
     prompts = meta.get("prompts")
     if meta.get("kind") != "embeddings" or len(prompts or ()) != len(arrays):
         raise CheckpointError(f"{path} holds no prompt embeddings; make them with `lvjax encode`")
-    return {text: arrays[f"{i:06d}"] for i, text in enumerate(prompts)}
+    found = {text: arrays[f"{i:06d}"] for i, text in enumerate(prompts)}
+    if wrong := [rows.shape for rows in found.values() if rows.shape[1:] != (dim,)]:
+        raise CheckpointError(
+            f"{path} holds rows {list(wrong[0])}, the model takes [tokens, {dim}]; encode the "
+            "prompts with the model's own text encoder"
+        )
+    return found
 
 
 # ---- image tokens ------------------------------------------------------------------
@@ -177,6 +187,6 @@ def encode_pictures(bundle: Bundle, pictures: list[np.ndarray]) -> np.ndarray:
 
     stored = bundle.parts["image"]
     params = unflatten({name: jnp.asarray(stored[name]) for name in stored})
-    pixels = jnp.stack([clip_pixels(picture) for picture in pictures])
+    pixels = jnp.stack([clip_pixels(picture, size=bundle.image.size) for picture in pictures])
     tokens = jax.jit(encode_image, static_argnums=2)(params, pixels, bundle.image)
     return np.asarray(tokens).reshape(1, -1, tokens.shape[-1])

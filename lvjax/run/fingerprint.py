@@ -107,7 +107,8 @@ def fingerprint(stored: Stored) -> list[float]:
     kind, cfg = part_config(stored)
     if kind != "vae":
         cfg = dataclasses.replace(cfg, dtype="float32")
-    out = RUNS[kind](stored, cfg).astype(np.float64).reshape(-1)
+    with jax.default_matmul_precision("highest"):  # else an accelerator rounds what it multiplies
+        out = RUNS[kind](stored, cfg).astype(np.float64).reshape(-1)
     rng = np.random.default_rng(7)
     found = [float(out @ rng.standard_normal(len(out))) for _ in range(NUMBERS)]
     if not np.isfinite(found).all():

@@ -22,6 +22,7 @@ from lvjax.core.checkpoint import load_meta
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.io.video import FragmentedWriter
 from lvjax.run import card as cards
+from lvjax.run.adapters import for_card
 from lvjax.run.bundle import Bundle
 from lvjax.run.defaults import Defaults
 from lvjax.run.request import Request
@@ -101,7 +102,8 @@ def options_of(request: Request, bundle: Bundle, model: str) -> dict[str, Any]:
     for name in PICTURES:
         given = getattr(request, name)
         options[name] = None if given is None else _pngs(np.asarray(given))
-    return options | {"model": model, "defaults": dataclasses.asdict(bundle.defaults)}
+    own = {"model": model, "defaults": dataclasses.asdict(bundle.defaults)}
+    return options | own | for_card(bundle.loras, bundle.merged)
 
 
 def request_of(options: dict[str, Any]) -> Request:

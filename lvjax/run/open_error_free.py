@@ -23,6 +23,9 @@ from lvjax.run.opening import Opening, context, encoder, start_frames
 from lvjax.run.request import Request
 from lvjax.run.timeline import Cuts
 
+OFFLOADS = ("none", "layers")
+"""Where the transformer's weights may wait, see `Bundle.offload`; there is one expert."""
+
 
 def settings(d: Defaults, request: Request) -> ErrorFree:
     """The method's settings of a resolved request.
@@ -66,11 +69,16 @@ def span(bundle: Bundle, request: Request) -> tuple[str, int]:
     return "last", pixel_frames(bundle.defaults.overlap)
 
 
+def size_for(bundle: Bundle, picture: tuple[int, int]) -> tuple[int, int]:
+    """The size of a video of a picture, where none is asked for: the model's own."""
+    return bundle.defaults.size
+
+
 def check(bundle: Bundle, request: Request) -> None:
     """Raises: InputError for a resolved request that this method or model cannot follow."""
-    settings(bundle.defaults, request)
     if len(bundle.experts) > 1:
         raise InputError(f"{bundle.name} has two experts; error_free is for models with one")
+    settings(bundle.defaults, request)
     start_frames(request)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wan's own samplers for a session: a video is one clip, made of text, pictures, or a video."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -10,10 +11,11 @@ from jax.sharding import NamedSharding
 
 from lvjax.core.errors import InputError
 from lvjax.core.mesh import partition
+from lvjax.core.offload import place
 from lvjax.flow.schedule import make_schedule
-from lvjax.methods.wan import WanClip, WanSettings, WanState, wan, wan_condition
+from lvjax.methods.wan import WanClip, WanSettings, WanState, staged, wan, wan_condition
 from lvjax.methods.wan import check as check_models
-from lvjax.rollout.condition import MASK
+from lvjax.rollout.condition import MASK, best_output_size, output_size
 from lvjax.run.bundle import Bundle
 from lvjax.run.defaults import Defaults
 from lvjax.run.encoders import Prompts, encode_pictures
@@ -22,6 +24,8 @@ from lvjax.run.request import Request
 from lvjax.run.timeline import Cuts
 
 STRENGTH = 0.8  # of video to video, as in diffusers
+OFFLOADS = ("none", "expert", "layers")
+"""Where the transformers' weights may wait, see `Bundle.offload`."""
 
 
 def settings(bundle: Bundle, request: Request) -> WanSettings:
@@ -59,6 +63,16 @@ def span(bundle: Bundle, request: Request) -> tuple[str, int]:
     return ("last", 1) if picture else ("first", request.frames)
 
 
+def size_for(bundle: Bundle, picture: tuple[int, int]) -> tuple[int, int]:
+    """The size of a video of a picture, where none is asked for: the shape of the picture, in the
+    area of the model's own size.
+    """
+    d = bundle.defaults
+    unit = bundle.vae.spatial_stride * bundle.dit.patch[1]
+    fit = best_output_size if d.impose else output_size
+    return fit(picture, math.prod(d.size), unit)
+
+
 def check(bundle: Bundle, request: Request) -> None:
     """Raises: InputError for a resolved request that this method or model cannot follow."""
     chosen = settings(bundle, request)
@@ -72,6 +86,10 @@ def check(bundle: Bundle, request: Request) -> None:
         raise InputError(f"{bundle.name} goes from a picture to another; give --last-image too")
     if last is not None and (not bundle.dit.condition_channels or (tokens and not _two(bundle))):
         raise InputError(f"{bundle.name} takes no last picture; leave --last-image out")
+    if chosen.strength is not None and start.shape[1] == 1 < request.frames:
+        raise InputError(
+            f"{bundle.name} takes no picture; leave it out, or give a video to make another one of"
+        )
     if chosen.strength is not None and start.shape[1] != request.frames:
         raise InputError(
             f"the video has {start.shape[1]} frames, {request.frames} are asked for; ask for as "
@@ -104,7 +122,11 @@ def opening(bundle: Bundle, request: Request, prompts: Prompts, mesh) -> Opening
         return method.init(wan_condition(encoder(bundle), size, bundle.dit, chosen, **given), keys)
 
     clips = partial(_clips, bundle, request, chosen, prompts, mesh, start, last)
-    return Opening(method, init, _place, clips, 0, 0)
+    step = None
+    if bundle.offload == "expert":
+        there = partial(place, mesh=mesh)
+        step = staged(bundle.params, bundle.dit, bundle.vae, chosen, there)
+    return Opening(method, init, _place, clips, 0, 0, step)
 
 
 def _place(state: WanState, mesh) -> WanState:

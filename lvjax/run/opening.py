@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lvjax.core.errors import InputError
+from lvjax.core.offload import as_bits
 from lvjax.models.dit import embed_context
 from lvjax.models.vae import encode
 from lvjax.rollout.method import Method
@@ -22,6 +23,7 @@ class Opening(NamedTuple):
     init: keys -> the first state.  place(state, mesh): the state laid out over the devices.
     clips(start): the clip inputs from number `start` on.
     skip_first, overlap_frames: pixel frames that clip 0, and every later clip, does not show.
+    step: the method's step in another form, where it is more than one program; a state is donated.
     """
 
     method: Method
@@ -30,6 +32,7 @@ class Opening(NamedTuple):
     clips: Callable[[int], Iterator[Any]]
     skip_first: int
     overlap_frames: int
+    step: Callable[[Any, Any], tuple[Any, Any]] | None = None
 
 
 _encode = jax.jit(encode, static_argnums=2)
@@ -43,7 +46,7 @@ def encoder(bundle: Bundle) -> Callable:
 
 def context(bundle: Bundle, rows, mesh, image=None, expert: str = "dit"):
     """What cross-attention needs of text rows [B, M, D] and image tokens, laid out over a mesh."""
-    made = _context(bundle.params[expert], rows, bundle.dit, image)
+    made = as_bits(_context(bundle.params[expert], rows, bundle.dit, image))
     return jax.device_put(made, NamedSharding(mesh, PartitionSpec(None, "data")))
 
 

@@ -147,7 +147,7 @@ def make_plan(bundle: Bundle, work: Work) -> Plan:
     bank = _bank_bytes(bundle, rows, grid) if shape.kept else 0
     scores = score_bytes(rows, dit.num_heads, tokens, shape.bank * tokens)
     activations = rows * tokens * (dit.ffn_dim + 12 * dit.dim) * 4
-    picture = batch * math.prod(work.size) / vae.patch**2 * vae.base * 4
+    picture = batch * math.prod(work.size) / vae.patch**2 * _full_size_channels(vae) * 4
     new = shape.latents - (shape.encoded if shape.kept else 0)
     decoding = round(picture * (12 + 4 * MASK * new))
     memory = {
@@ -209,6 +209,14 @@ def _clip_flops(bundle: Bundle, work: Work, rows: int, batch: int) -> float:
     if shape.encoded:
         pictures += _vae_flops(vae, "encoder", shape.encoded, size)
     return rows * shape.passes * transformer + batch * pictures
+
+
+def _full_size_channels(vae: VAEConfig) -> float:
+    """Channels where the decoder has reached the size of the picture, on average over the first
+    layer there: those of Wan 2.2 halve only after it.
+    """
+    last = vae_spec(vae)["decoder"][f"stage{len(vae.dim_mult) - 1}"]
+    return sum(last["res0"]["conv1"]["kernel"].shape[-2:]) / 2
 
 
 def _vae_flops(vae: VAEConfig, part: str, latents: int, size: tuple[int, int]) -> float:

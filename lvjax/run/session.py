@@ -14,18 +14,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from lvjax.core.errors import NonFiniteError
+from lvjax.core.errors import InputError, NonFiniteError
 from lvjax.core.mesh import make_mesh
+from lvjax.core.offload import DEVICE, HOST, as_bits, place
 from lvjax.rollout.method import Method, stream
 from lvjax.run import encoders, open_error_free, open_wan
 from lvjax.run.bundle import Bundle
+from lvjax.run.presets import size_notices
 from lvjax.run.request import Request, resolved
 from lvjax.run.timeline import Cuts, missed_notices
 
 OPENINGS: dict[str, ModuleType] = {"error_free": open_error_free, "wan": open_wan}
-"""For each method, its `cuts`, `span`, `check` and `opening`."""
+"""For each method, its `cuts`, `span`, `size_for`, `check`, `opening` and `OFFLOADS`."""
 
 
 class ClipResult(NamedTuple):
@@ -50,6 +51,7 @@ class Session:
       row.
     cuts: which frames each clip shows.  skip_first, overlap_frames: pixel frames that clip 0, and
       every later clip, was given and does not show.
+    step: see `Opening`.
     """
 
     method: Method
@@ -62,6 +64,7 @@ class Session:
     skip_first: int
     overlap_frames: int
     notices: tuple[str, ...] = ()
+    step: Callable[[Any, Any], tuple[Any, Any]] | None = None
 
     @property
     def num_clips(self) -> int:
@@ -93,7 +96,11 @@ class Session:
         Raises: NonFiniteError naming the clip and the tensor.
         """
         first = self.state() if state is None else state
-        made = stream(self.method, first, self.clips(start))
+        clips = self.clips(start)
+        if self.step is None:
+            made = stream(self.method, first, clips)
+        else:
+            made = _steps(self.step, first, clips)
         del first, state  # nothing here outlives its clip
         shown = self.cuts.begin(start)
         for i, (new, (latents, frames)) in enumerate(made, start):
@@ -106,6 +113,13 @@ class Session:
     def with_key(self, key) -> "Session":
         """The same run with the noise of a typed key instead of the request's seed."""
         return dataclasses.replace(self, keys=row_keys(key, len(self.keys)))
+
+
+def _steps(step: Callable, state, clips) -> Iterator[tuple[Any, Any]]:
+    """As `stream`, for a step that is not to be one program."""
+    for clip in clips:
+        state, out = step(state, clip)
+        yield state, out
 
 
 def row_keys(key, batch: int):
@@ -140,6 +154,11 @@ def span(bundle: Bundle, request: Request) -> tuple[str, int]:
     return OPENINGS[resolved(bundle, request).method].span(bundle, request)
 
 
+def size_for(bundle: Bundle, request: Request, picture: tuple[int, int]) -> tuple[int, int]:
+    """The (height, width) of a video that is asked for without one, from that of its picture."""
+    return OPENINGS[resolved(bundle, request).method].size_for(bundle, picture)
+
+
 def texts_of(bundle: Bundle, request: Request) -> list[str]:
     """Every prompt of a request, the negative one among them."""
     request = resolved(bundle, request)
@@ -157,21 +176,56 @@ def check_settings(outline: Bundle, request: Request) -> None:
 
 
 def notices(outline: Bundle, request: Request) -> tuple[str, ...]:
-    """What the user should know about prompts that are not followed as they are written."""
+    """What the user should know about prompts that are not followed as they are written, and about
+    a size that the model was not made for.
+    """
     parts = cuts(outline, request)
     said = encoders.notices(outline, texts_of(outline, request))
-    return (*said, *missed_notices(request.timelines, parts))
+    size = size_notices(
+        outline.name, outline.dit, outline.defaults, resolved(outline, request).size
+    )
+    return (*said, *size, *missed_notices(request.timelines, parts))
 
 
 def open_session(bundle: Bundle, request: Request) -> Session:
     """Check the request against the model and prepare everything up to the first clip; the weights
-    go to the devices, everything else is made when the session runs.
+    go to the devices, or wait where `Bundle.offload` says, everything else is made when the session
+    runs.
 
     Raises: InputError with the nearest legal values.
     """
+    check_offload(bundle, request)
     mesh = data_mesh(len(request.timelines))
-    params = jax.device_put(bundle.params, NamedSharding(mesh, PartitionSpec()))
-    return _session(dataclasses.replace(bundle, params=params), request, mesh)
+    placed = dataclasses.replace(bundle, params=_placed(bundle, mesh))
+    return _session(placed, request, mesh)
+
+
+def offloads(bundle: Bundle, request: Request) -> tuple[str, ...]:
+    """Where the weights of the transformers may wait, for the method of a request."""
+    return OPENINGS[resolved(bundle, request).method].OFFLOADS
+
+
+def check_offload(bundle: Bundle, request: Request) -> None:
+    """Raises: InputError for a place where weights cannot wait with this method."""
+    if bundle.offload not in (allowed := offloads(bundle, request)):
+        method = resolved(bundle, request).method
+        raise InputError(
+            f"offload is {bundle.offload!r}; the method {method} allows {', '.join(allowed)}"
+        )
+
+
+def _placed(bundle: Bundle, mesh) -> dict[str, Any]:
+    """The weights on the devices of a mesh; the transformers' blocks where they are to wait."""
+    kind = DEVICE if bundle.offload == "none" else HOST
+
+    def transformer(tree):
+        rest = place({name: a for name, a in tree.items() if name != "blocks"}, mesh)
+        return {**rest, "blocks": place(as_bits(tree["blocks"]), mesh, kind)}
+
+    return {
+        part: transformer(tree) if part in bundle.experts else place(tree, mesh)
+        for part, tree in bundle.params.items()
+    }
 
 
 def check_request(bundle: Bundle, request: Request) -> tuple[str, ...]:
@@ -199,6 +253,7 @@ def _session(bundle: Bundle, request: Request, mesh) -> Session:
         opened.skip_first,
         opened.overlap_frames,
         notices(bundle, request),
+        opened.step,
     )
     session.abstract_state()  # what does not fit together says so here
     return session

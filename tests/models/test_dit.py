@@ -135,9 +135,10 @@ def test_low_rank_update():
     kernel, a, b, x = (
         rng.normal(size=s).astype(np.float32) for s in ((6, 5), (6, 2), (2, 5), (3, 6))
     )
-    lora = {"a": a, "b": b, "scale": np.float32(0.5)}
+    scale = np.array([0.5, -2.0], np.float32)  # one for each column of a
+    lora = {"a": a, "b": b, "scale": scale}
     out = linear({"kernel": kernel, "lora": jax.tree.map(jnp.asarray, lora)}, jnp.asarray(x))
-    np.testing.assert_allclose(out, x @ (kernel + 0.5 * a @ b), rtol=1e-5)
+    np.testing.assert_allclose(out, x @ (kernel + a @ np.diag(scale) @ b), rtol=1e-5)
 
 
 def test_sinusoid_is_accurate_for_any_timestep():

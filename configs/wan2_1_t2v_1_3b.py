@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wan 2.1 T2V-1.3B, text to video, with its official settings.
+
+Run:      lvjax generate --config wan2_1_t2v_1_3b --model FOLDER --prompt "..."
+Expects:  in FOLDER the files of Wan-AI/Wan2.1-T2V-1.3B or its -Diffusers twin, or what `lvjax
+  convert` made of them.  81 frames of 832x480 at 16 frames/s.
+"""
+
+from ml_collections import ConfigDict
+
+from lvjax.run.presets import run_settings
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(run_settings("wan2.1-t2v-1.3b"))

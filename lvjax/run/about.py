@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a file or a folder is, from its headers alone, and which command takes it.
+
+Owns: `about`, lines of (word, text) for people.  No array is read, so that a model of 57 GB takes a
+moment; damage inside arrays is found when they are used.
+"""
+
+import dataclasses
+import math
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from checkpoints_convert.about_lora import is_lora, lora_facts
+from checkpoints_convert.export import part_config
+from checkpoints_convert.files import HEAD, opened
+from checkpoints_convert.lora_file import open_lora
+from checkpoints_convert.read import open_tensors
+from checkpoints_convert.recognise import KINDS
+from checkpoints_convert.sources import INDEX, Source, checkpoints, find_sources
+from lvjax.core.checkpoint import OLD, Slot, Stored
+from lvjax.core.errors import CheckpointError
+from lvjax.core.orbax_layout import OWN
+from lvjax.core.params import count, flatten
+from lvjax.core.streaming import TARGETS, open_stored
+from lvjax.data.tokenizer import FILES, FOLDERS
+from lvjax.io.video import read_card
+from lvjax.models.config import DiTConfig, VAEConfig
+from lvjax.models.dit import dit_spec
+from lvjax.models.image_encoder import ImageEncoderConfig, image_encoder_spec
+from lvjax.models.pocket_text import PocketTextConfig, text_spec
+from lvjax.models.umt5 import UMT5Config, umt5_spec
+from lvjax.models.vae import vae_spec
+from lvjax.run import bundle as bundles
+from lvjax.run import card as cards
+from lvjax.run import job
+from lvjax.run.defaults import Defaults
+from lvjax.run.presets import MODELS, PRESETS, preset_of
+from lvjax.run.timeline import short
+
+SPECS = {
+    DiTConfig: dit_spec,
+    VAEConfig: vae_spec,
+    UMT5Config: umt5_spec,
+    ImageEncoderConfig: image_encoder_spec,
+    PocketTextConfig: text_spec,
+}
+STATE = ".state"  # at the end of the name of a run's state
+SHOWN = 4  # prompts
+
+Lines = list[tuple[str, str]]
+"""What is known: a word and a text each."""
+
+
+class Part(NamedTuple):
+    """A part of a model on the disk.
+
+    path: of its file or folder.  naming: of its arrays.  types: how many arrays have which type.
+    size: bytes of all.  places: how many arrays have a place in the model, in words.
+    wrong: why it cannot be used, None when it can.
+    """
+
+    path: Path
+    naming: str
+    cfg: Any
+    types: Counter
+    size: int
+    places: str
+    wrong: str | None
+
+
+def about(path: Path) -> tuple[Lines, list[str]]:
+    """What lies at `path`, and what is wrong with it, in a line each.
+
+    Raises: CheckpointError when it is damaged or nothing that lvjax can read.
+    """
+    if path.is_dir():
+        return _own_part(open_stored(path)) if is_own(path) else _folder(path)
+    with opened(path) as f:
+        head = f.read(HEAD)
+    if head[4:8] == b"ftyp":
+        return _video(path, read_card(path)), []
+    if path.suffix == ".json" and not path.name.endswith(INDEX):
+        return _video(path, cards.read_json(path)), []
+    if is_own(path):
+        return _own_file(path)
+    if is_lora(open_tensors(path)):
+        return _lora(path), []
+    source = find_sources(path)[0][0]
+    return _alone(source.part, source.model.kind, _foreign(source), source.model.tensors.chosen)
+
+
+def is_own(path: Path) -> bool:
+    """Whether lvjax wrote a file or folder of arrays, as it says in the beginning."""
+    if path.is_dir():
+        return (path / OWN).is_file()
+    with opened(path) as f:
+        head = f.read(HEAD)[8:200]
+    if not head.startswith(b"{") or b'"lvjax' in head:
+        return head.startswith(b"{")
+    return open_tensors(path).metadata.get("format") == OLD
+
+
+def own_parts(folder: Path) -> dict[str, Stored]:
+    """The parts in a folder that lvjax wrote, by name; others' files may lie beside them.
+
+    Raises: CheckpointError when one is damaged.
+    """
+    found = {}
+    for part in bundles.PARTS:
+        for target in TARGETS.values():
+            place = bundles.part_path(folder, part, target.suffix)
+            if place.exists() and is_own(place):
+                found[part] = open_stored(place)
+    return found
+
+
+# ---- one part ----------------------------------------------------------------------
+
+
+def _own(stored: Stored, cfg) -> Part:
+    """A part that lvjax wrote."""
+    wanted = {name: param.shape for name, param in flatten(SPECS[type(cfg)](cfg)).items()}
+    found = {name: slot.shape for name, slot in stored.slots.items()}
+    other = sorted(n for n in wanted | found if wanted.get(n) != found.get(n))
+    places = f"{len(found.keys() - other)} of {len(found)} arrays have their place"
+    wrong = None
+    if other:
+        there, expected = found.get(other[0], "missing"), wanted.get(other[0], "nothing")
+        wrong = f"{stored.path}: {other[0]} is {there}, expected is {expected}; convert it again"
+    types = Counter(str(slot.dtype) for slot in stored.slots.values())
+    return Part(stored.path, "lvjax", cfg, types, sum(map(_size, stored.slots.values())), places,
+                wrong)  # fmt: skip
+
+
+def _size(slot: Slot) -> int:
+    return math.prod(slot.shape) * slot.dtype.itemsize
+
+
+def _foreign(source: Source) -> Part:
+    """A part as its publishers wrote it."""
+    model, tensors, wrong = source.model, source.model.tensors, None
+    try:
+        unused = len(model.plan().unused)
+        places = f"{len(tensors)} of {len(tensors)} arrays have their place"
+        places += f", {unused} of them unused" if unused else ""
+    except CheckpointError as e:
+        places, wrong = "not all arrays have a place", str(e)
+    types = Counter(str(tensors.dtype(name)) for name in tensors)
+    size = sum(tensors.nbytes(name) for name in tensors)
+    return Part(source.path, model.layout, model.cfg, types, size, places, wrong)
+
+
+def _own_part(stored: Stored) -> tuple[Lines, list[str]]:
+    kind, cfg = part_config(stored)
+    return _alone(stored.meta.get("part"), kind, _own(stored, cfg))
+
+
+def _alone(name: str, kind: str, part: Part, chosen: str | None = None) -> tuple[Lines, list[str]]:
+    """One part of a model, by itself: a kind of `KINDS`.  chosen: which weights of the file."""
+    title, where = KINDS[kind].title, shlex.quote(str(part.path))
+    weights = "" if chosen is None else f", the weights {chosen!r}"
+    model = f"{_model(part.cfg)}, " if isinstance(part.cfg, DiTConfig) else ""
+    lines = [
+        ("part", f"{name}: {title}, {part.naming} naming{weights}"),
+        ("model", f"{model}{parameters(part.cfg)}: {_sizes(part.cfg)}"),
+        ("arrays", _stored(part)),
+    ]
+    if part.wrong is not None:
+        return lines, [part.wrong]
+    if part.naming == "lvjax":
+        folder = shlex.quote(str(part.path.parent))
+        return [*lines, ("use", f"its folder, with the other parts: lvjax info {folder}")], []
+    return [*lines, ("use", f"lvjax convert {where} FOLDER, as the other parts of its model")], []
+
+
+def parameters(cfg) -> str:
+    """How many parameters a part has, in words."""
+    n = count(SPECS[type(cfg)](cfg))
+    return f"{n / 1e9:.2f} B parameters" if n >= 1e9 else f"{n / 1e6:.1f} M parameters"
+
+
+def _model(dit: DiTConfig) -> str:
+    """Which released model a transformer is, or is built like."""
+    same = [n for n, cfg in MODELS.items() if dataclasses.replace(dit, dtype=cfg.dtype) == cfg]
+    one = [f"one expert of {name}" if name.endswith("a14b") else name for name in same]
+    return " or ".join(one) if same else f"built like {preset_of(dit, 1)}"
+
+
+def _sizes(cfg) -> str:
+    """The sizes of a part, in words."""
+    if isinstance(cfg, DiTConfig):
+        condition = f" + {cfg.condition_channels}" if cfg.condition_channels else ""
+        tokens = ", image tokens" if cfg.image_dim is not None else ""
+        heads = f"width {cfg.dim}, {cfg.num_heads} heads, {cfg.num_layers} layers"
+        return f"{heads}, {cfg.in_channels}{condition} channels{tokens}"
+    if isinstance(cfg, VAEConfig):
+        side = cfg.spatial_stride
+        return f"{cfg.z} latent channels, strides {cfg.temporal_stride}x{side}x{side}"
+    if isinstance(cfg, ImageEncoderConfig):
+        return f"width {cfg.dim}, {cfg.num_layers} layers, pictures of {cfg.size} pixels"
+    if isinstance(cfg, UMT5Config):
+        return f"width {cfg.dim}, {cfg.num_layers} layers, {cfg.vocab} words"
+    return f"width {cfg.dim}, {cfg.vocabulary - 1} words"
+
+
+def _stored(part: Part) -> str:
+    """How the arrays of a part lie on the disk, in words."""
+    types = " + ".join(f"{n} {kind}" for kind, n in part.types.most_common())
+    return f"{types}, {_bytes(part.size)}; {part.places}"
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
+
+
+# ---- a model -----------------------------------------------------------------------
+
+
+def _folder(path: Path) -> tuple[Lines, list[str]]:
+    """A model, or some of its parts."""
+    if own := own_parts(path):
+        if {"dit", "vae"} <= own.keys() and (path / bundles.MODEL).is_file():
+            model = bundles.outline(path)
+            parts = {name: _own(stored, model.config(name)) for name, stored in own.items()}
+            return _model_lines(path, parts, model.name, model.defaults)
+        parts = {name: _own(s, part_config(s)[1]) for name, s in own.items()}
+        return _model_lines(path, parts)
+    found = checkpoints(path)
+    if len(found) == 1 and is_lora(open_tensors(found[0])):
+        return _lora(found[0]), []
+    sources, left = find_sources(path)
+    parts = {s.part: _foreign(s) for s in sources}
+    if len(parts) == 1 and "text" not in parts:
+        (source,), (part,) = sources, parts.values()
+        return _alone(source.part, source.model.kind, part, source.model.tensors.chosen)
+    lines, wrong = _model_lines(path, parts)
+    return [*lines, *(("note", line) for line in left)], wrong
+
+
+def _model_lines(
+    path: Path, parts: Mapping[str, Part], name: str | None = None, d: Defaults | None = None
+) -> tuple[Lines, list[str]]:
+    """name, d: of the model, where it is described; else they follow from its transformer."""
+    wrong = [part.wrong for part in parts.values() if part.wrong is not None]
+    if name is None and "dit" in parts:
+        name = preset_of(parts["dit"].cfg, 2 if "dit_low" in parts else 1)
+        d = PRESETS[name]
+    naming = " + ".join(sorted({part.naming for part in parts.values()}))
+    size = _bytes(sum(part.size for part in parts.values()))
+    lines = [("model", f"{name or 'parts of a model'}: {naming} naming, {size}")]
+    for part, facts in parts.items():
+        said = f"{parameters(facts.cfg)}: {_sizes(facts.cfg)}; {_stored(facts)}"
+        lines.append((part, said))
+    umt5 = "text" in parts and isinstance(parts["text"].cfg, UMT5Config)
+    places = (path / folder / file for file in FILES for folder in FOLDERS)
+    tokenizer = next((str(p.relative_to(path)) for p in places if p.is_file()), None)
+    if umt5:
+        lines.append(("tokenizer", tokenizer or "none; put tokenizer.json there to read prompts"))
+    if missing := [part for part in ("dit", "vae") if part not in parts]:
+        lines.append(("missing", f"{' and '.join(missing)}, to make videos with it"))
+    if d is not None:
+        lines.append(("settings", settings(d)))
+    if not wrong:
+        reads = "text" in parts and (not umt5 or tokenizer is not None)
+        lines += [("use", line) for line in _uses(path, parts, d, reads)]
+    return lines, wrong
+
+
+def settings(d: Defaults) -> str:
+    """The defaults of a model, in words."""
+    own = f"T-RFlow {list(d.window)}" if d.method == "error_free" else f"shift {d.shift:g}"
+    return (
+        f"{d.size[1]}x{d.size[0]} at {d.fps} frames/s, {d.steps} steps of {d.solver}, "
+        f"guidance {d.guidance}, {own}"
+    )
+
+
+def _uses(path: Path, parts: Mapping[str, Part], d: Defaults | None, reads: bool) -> list[str]:
+    """The commands that take a folder with these parts.  reads: whether it can read prompts."""
+    where, prompt, uses = shlex.quote(str(path)), '--prompt "..."', []
+    if d is not None and {"dit", "vae"} <= parts.keys():
+        dit = parts["dit"].cfg
+        image = "--image photo.jpg " if dit.condition_channels and d.method == "wan" else ""
+        image += "--last-image end.jpg " if dit.image_pos_len else ""
+        known = "" if reads else " --embeddings prompts.safetensors"
+        uses.append(f"lvjax generate --model {where} {image}{prompt}{known}")
+    if reads and isinstance(parts["text"].cfg, UMT5Config):
+        uses.append(f"lvjax encode --model {where} {prompt} --out prompts.safetensors")
+    if any(part.naming != "lvjax" for part in parts.values()):
+        uses.append(f"lvjax convert {where} FOLDER")
+    return uses
+
+
+# ---- other files -------------------------------------------------------------------
+
+
+def _lora(path: Path) -> Lines:
+    tensors = open_lora(path).tensors
+    facts = lora_facts(tensors.shapes(), MODELS, str(path))
+    ranks = " and ".join(map(str, facts.ranks[:SHOWN])) + (" ..." * (len(facts.ranks) > SHOWN))
+    what = f"rank {ranks} beside {facts.modules} weights" if facts.modules else ""
+    more = f"{facts.differences} differences" if facts.differences else ""
+    width = "of unknown width" if facts.width is None else f"{facts.width} wide"
+    fits = f"; fits {', '.join(facts.models)}" if facts.models else "; of no released size"
+    expert = {"both": "both experts", "low": "the low-noise expert"}.get(facts.expert)
+    types = Counter(str(tensors.dtype(name)) for name in tensors)
+    size = sum(tensors.nbytes(name) for name in tensors)
+    unused = f", {facts.unused} of them for no transformer" if facts.unused else ""
+    lines = [
+        ("lora", f"{facts.family}: {' and '.join(filter(None, (what, more)))}"),
+        ("model", f"a transformer {width}, {facts.layers} layers or more{fits}"),
+        ("arrays", f"{_types(types)}, {_bytes(size)}{unused}"),
+    ]
+    if expert:
+        lines.append(("expert", f"for {expert}, as its names say"))
+    where = shlex.quote(str(path))
+    return [*lines, ("use", f'lvjax generate --model FOLDER --lora {where} --prompt "..."')]
+
+
+def _own_file(path: Path) -> tuple[Lines, list[str]]:
+    """A file of arrays that lvjax wrote."""
+    stored = open_stored(path)
+    meta, where = stored.meta, shlex.quote(str(path))
+    if "part" in meta:
+        return _own_part(stored)
+    if meta.get("kind") == "embeddings":
+        prompts = [str(text) for text in meta.get("prompts", ())]
+        width = {slot.shape[-1:] for slot in stored.slots.values()}
+        sizes = " or ".join(str(*shape) for shape in sorted(width))
+        lines = [("prompts", f"{len(prompts)}, encoded by {meta.get('model')}, {sizes} wide")]
+        lines += _prompts(prompts)
+        use = f'lvjax generate --model FOLDER --embeddings {where} --prompt "..."'
+        return [*lines, ("use", use)], []
+    if "card" in meta and path.name.endswith(STATE):
+        output = path.with_name(path.name.removesuffix(STATE))
+        clip, frame = job.position(output)
+        lines = _video(output, meta["card"])[:-1]
+        use = f"lvjax generate --resume --out {shlex.quote(str(output))}"
+        return [("state", f"{clip} clips, {frame} frames are made"), *lines, ("use", use)], []
+    types = Counter(str(slot.dtype) for slot in stored.slots.values())
+    size = _bytes(sum(map(_size, stored.slots.values())))
+    return [("arrays", f"of lvjax's: {_types(types)}, {size}")], []
+
+
+def _types(types: Counter) -> str:
+    return " + ".join(f"{n} {kind}" for kind, n in types.most_common())
+
+
+def _video(path: Path, card) -> Lines:
+    """A video by its run card."""
+    options = cards.check_card(card, path)["options"]
+    asked = job.request_of(options)
+    height, width = asked.size
+    rows = f"{len(asked.timelines)} videos of " if len(asked.timelines) > 1 else ""
+    made = ", ".join(f"{k} {v}" for k, v in card["versions"].items() if k in ("lvjax", "jax"))
+    return [
+        ("video", f"{rows}{asked.frames} frames of {width}x{height}, seed {asked.seed}"),
+        ("model", f"{options.get('model')}, {made}"),
+        *_prompts(text for row in asked.timelines for _, text in row),
+        ("use", f"lvjax replay {shlex.quote(str(path))}"),
+    ]
+
+
+def _prompts(texts: Iterable[str]) -> Lines:
+    texts = list(dict.fromkeys(texts))
+    more = f" (and {len(texts) - SHOWN} more)" if len(texts) > SHOWN else ""
+    shown = [short(text) for text in texts[:SHOWN]]
+    return [("prompt", text + more * (i == SHOWN - 1)) for i, text in enumerate(shown)]

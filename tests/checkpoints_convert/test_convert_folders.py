@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole models, as their publishers and as diffusers lay them out: converted, loaded, and back to
+where diffusers and transformers load them.
+"""
+
+import json
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file
+from transformers import CLIPVisionModelWithProjection, UMT5EncoderModel
+
+import lvjax
+from checkpoints_convert.sources import find_sources
+from lvjax.cli.main import main
+from lvjax.core.errors import CheckpointError
+from lvjax.models.dit import dit, embed_context
+from lvjax.run.encoders import encode_prompts
+from tests.checkpoints_convert.tiny_checkpoints import (
+    bits,
+    draw,
+    family,
+    opened,
+    tiny,
+    tokenizer,
+    usual,
+    write,
+)
+from tests.tiny import relative
+
+MODELS = {  # name: the parts that its folders hold
+    "wan2.1-t2v-14b": ("dit", "vae", "text"),
+    "wan2.1-i2v-14b": ("dit", "vae", "text", "image"),
+    "wan2.1-flf2v-14b": ("dit", "vae", "text", "image"),
+    "wan2.2-i2v-a14b": ("dit", "dit_low", "vae", "text"),
+    "wan2.2-ti2v-5b": ("dit", "vae", "text"),
+}
+PRESETS = {"wan2.1-t2v-14b": "wan2.1-t2v-1.3b"}  # a narrow one is taken for the smaller
+PLACES = {
+    "dit": "transformer",
+    "dit_low": "transformer_2",
+    "vae": "vae",
+    "text": "text_encoder",
+    "image": "image_encoder",
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folders(request, tmp_path_factory):
+    """(model, {naming: its folder}, {naming: what it is converted to})."""
+    root, model = tmp_path_factory.mktemp("models"), request.param
+    given = {naming: family(root, model, naming) for naming in ("official", "diffusers")}
+    made = {naming: root / f"{naming}.lvjax" for naming in given}
+    for naming, fmt in (("official", "safetensors"), ("diffusers", "orbax")):
+        own = ["convert", str(given[naming]), str(made[naming]), "--format", fmt, "--keep-unused"]
+        assert main(own) == 0
+    return model, given, made
+
+
+def test_a_folder_becomes_a_model(folders, capsys):
+    model, given, made = folders
+    parts = MODELS[model]
+    for naming, suffix in (("official", ".safetensors"), ("diffusers", "")):
+        wanted = {"model.json", "tokenizer.json"}
+        wanted |= {f"{part}{suffix}" for part in parts} | {f"{p}.report.json" for p in parts}
+        if naming == "official" and "image" in parts:
+            wanted.add("image.unused.safetensors")
+        assert {path.name for path in made[naming].iterdir()} == wanted
+        assert (made[naming] / "tokenizer.json").read_text() == tokenizer()
+        for part in parts:
+            facts = json.loads((made[naming] / f"{part}.report.json").read_text())
+            n = facts["source"]
+            accounted = n["used"] + len(n["unused"]) + len(n["copies"])
+            assert facts["part"] == part and accounted == n["arrays"] > 0
+    # the same weights under both names, in both formats, are the same parts
+    for part in parts:
+        one, other = (opened(made[naming], part) for naming in made)
+        assert one.meta == other.meta
+        assert {k: s._replace(pieces=()) for k, s in one.slots.items()} == {
+            k: s._replace(pieces=()) for k, s in other.slots.items()
+        }
+    # and a second run changes nothing
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in made["diffusers"].rglob("*")}
+    own = ["convert", str(given["diffusers"]), str(made["diffusers"]), "--format", "orbax"]
+    assert main(own) == 0
+    after = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in made["diffusers"].rglob("*")}
+    assert before == after
+
+
+def test_what_is_loaded_is_the_same(folders):
+    model, given, made = folders
+    found = [lvjax.load(path) for path in (*given.values(), *made.values())]
+    name = PRESETS.get(model, model)
+    held = {"dit", "dit_low", "vae", "model"} & {*MODELS[model], "model"}
+    for bundle in found:
+        assert bundle.name == name and set(bundle.parts) == set(MODELS[model])
+        assert bundle.defaults == found[0].defaults and bundle.dit == found[0].dit
+        assert (bundle.vae, bundle.text, bundle.image) == (
+            found[0].vae, found[0].text, found[0].image
+        )  # fmt: skip
+        assert {k: bundle.hashes[k] for k in held} == {k: found[0].hashes[k] for k in held}
+        same = jax.tree.map(np.array_equal, bundle.params, found[0].params)
+        assert all(jax.tree.leaves(same))
+    one, other = found[2:]
+    assert one.hashes == other.hashes and one.hashes.keys() == {*MODELS[model], "model"}
+    if model == "wan2.1-t2v-14b":
+        rows = [encode_prompts(bundle, ["a b c b"])["a b c b"] for bundle in found]
+        assert all(np.array_equal(row, rows[0]) for row in rows) and rows[0].std() > 0
+
+
+def test_one_part_of_a_folder(folders, tmp_path, capsys):
+    model, given, _ = folders
+    for part in MODELS[model]:
+        for naming, folder in given.items():
+            dst = tmp_path / naming / part
+            assert main(["convert", str(folder), str(dst), "--part", part]) == 0
+            assert {path.name for path in dst.iterdir()} - {"model.json", "tokenizer.json"} == {
+                f"{part}.safetensors",
+                f"{part}.report.json",
+            }
+    assert main(["convert", str(given["official"]), str(tmp_path / "no"), "--part", "dit_low"]) == (
+        0 if "dit_low" in MODELS[model] else 3
+    )
+
+
+def test_exported_folders_load_in_diffusers_and_transformers(folders, tmp_path):
+    model, given, made = folders
+    assert main(["convert", str(made["official"]), str(tmp_path), "--to", "diffusers"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {PLACES[part] for part in MODELS[model]}
+    for part in MODELS[model]:
+        place = PLACES[part]
+        folder, theirs = tmp_path / place, given["diffusers"] / place
+        assert bits(folder) == bits(theirs)
+        config = json.loads((folder / "config.json").read_text())
+        if part in ("text", "image"):
+            kind = UMT5EncoderModel if part == "text" else CLIPVisionModelWithProjection
+            module, said = kind.from_pretrained(folder, output_loading_info=True)
+            assert not any(said.values()), said
+            continue
+        kind = AutoencoderKLWan if part == "vae" else WanTransformer3DModel
+        module = kind.from_config(config)
+        weights = {
+            k: t for file in folder.glob("*.safetensors") for k, t in load_file(file).items()
+        }
+        module.load_state_dict(weights, strict=True)
+        # what the publisher's config.json says, ours says too
+        own = json.loads((theirs / "config.json").read_text())
+        for key in own.keys() & config.keys():
+            assert config[key] == own[key], key
+
+
+def test_an_exported_transformer_computes_the_same(tmp_path):
+    """In diffusers' own class, with heads that only the config.json tells."""
+    source = WanTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=16, text_dim=32, freq_dim=32, ffn_dim=48,
+        num_layers=2, eps=1e-5,
+    )  # fmt: skip
+    with torch.no_grad():
+        for i, p in enumerate(source.parameters()):
+            p.copy_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    write({k: t.numpy() for k, t in source.state_dict().items()}, tmp_path / "src", "w", "file")
+    (tmp_path / "src" / "config.json").write_text(json.dumps(dict(source.config)))
+    vae = "wan2.1-vae.official"
+    write(draw(tiny(vae)[0]), tmp_path / "src", *usual(vae))
+    assert main(["convert", str(tmp_path / "src"), str(tmp_path / "dst")]) == 0
+    rng = np.random.default_rng(0)
+    x, text = rng.standard_normal((1, 2, 4, 4, 16)), rng.standard_normal((1, 5, 32))
+    x, text = x.astype(np.float32), text.astype(np.float32)
+    t = np.asarray([700.0], np.float32)
+    with torch.no_grad():
+        wanted = source.eval()(
+            torch.from_numpy(x).permute(0, 4, 1, 2, 3),
+            torch.from_numpy(t),
+            torch.from_numpy(np.pad(text, ((0, 0), (0, 507), (0, 0)))),
+        ).sample.permute(0, 2, 3, 4, 1)
+
+    @partial(jax.jit, static_argnums=4)
+    def run(params, x, t, text, cfg):
+        return dit(params, x, t, embed_context(params, text, cfg), cfg)[0]
+
+    for to in ("diffusers", "official"):
+        back = tmp_path / to
+        assert main(["convert", str(tmp_path / "dst"), str(back), "--to", to]) == 0
+        (back / "vae" / "config.json").unlink(missing_ok=True)
+        bundle = lvjax.load(back, dtype="float32")
+        assert bundle.dit.num_heads == 4 and bundle.dit.eps == 1e-5
+        params = bundle.params["dit"]
+        ours = run(params, x, t, text, bundle.dit)
+        assert relative(ours, wanted) < 1e-5
+
+
+# ---- folders that are not whole ---------------------------------------------------------
+
+
+def fails(capsys, *arguments) -> str:
+    """The last line of a conversion that ends with code 3."""
+    assert main(["convert", *map(str, arguments)]) == 3
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return family(tmp_path, "wan2.2-i2v-a14b", "official")
+
+
+def test_an_expert_alone(pair, tmp_path, capsys):
+    for gone, other, part in (
+        ("low_noise_model", "high_noise_model", "dit"),
+        ("high_noise_model", "low_noise_model", "dit_low"),
+    ):
+        (pair / gone).rename(tmp_path / "away")
+        says = fails(capsys, pair, tmp_path / "dst")
+        assert "holds one expert of two" in says and not (tmp_path / "dst").exists()
+        with pytest.raises(CheckpointError, match="holds one expert of two"):
+            lvjax.load(pair)
+        assert main(["convert", str(pair), str(tmp_path / part), "--part", part]) == 0
+        own = ["convert", str(pair / other), str(tmp_path / f"{part}-own"), "--part", part]
+        assert main(own) == 0
+        assert opened(tmp_path / part, part).slots.keys() == (
+            opened(tmp_path / f"{part}-own", part).slots.keys()
+        )
+        (tmp_path / "away").rename(pair / gone)
+
+
+def test_two_experts_in_one_folder(tmp_path):
+    """As single files are passed on; the name tells them apart, and nothing else can."""
+    for seed, word in enumerate(("high", "low")):
+        arrays = draw(tiny("wan2.2-t2v-a14b.official")[0], "bfloat16", seed)
+        write(arrays, tmp_path, f"wan2.2_t2v_{word}_noise_14B_bf16", "file")
+    sources, left = find_sources(tmp_path)
+    assert not left and [(s.part, "low_noise" in s.path.name) for s in sources] == [
+        ("dit", False),
+        ("dit_low", True),
+    ]
+
+
+def test_damage_is_not_left_out(pair, tmp_path, capsys):
+    """A model without one of its parts is another model, and nobody asked for that."""
+    file = pair / "models_t5_umt5-xxl-enc-bf16.pth"
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+    assert "models_t5" in fails(capsys, pair, tmp_path / "dst")
+    with pytest.raises(CheckpointError, match="models_t5"):
+        lvjax.load(pair)
+    assert not (tmp_path / "dst").exists()
+    # what is asked for by name is there
+    assert main(["convert", str(pair), str(tmp_path / "dst"), "--part", "vae"]) == 0
+    assert "left out: " in capsys.readouterr().err
+    assert "models_t5" in fails(capsys, pair, tmp_path / "dst", "--part", "text")
+
+
+def test_what_is_of_another_kind_is_left_out(pair, tmp_path, capsys):
+    lora = {"blocks.0.self_attn.q.lora_A.weight": np.zeros((4, 256), np.float32)}
+    write(lora, pair, "a_lora", "file")
+    write({"model.0.weight": np.zeros((4, 4), np.float32)}, pair, "safety", "file")
+    assert main(["convert", str(pair), str(tmp_path / "dst"), "--part", "vae"]) == 0
+    err = capsys.readouterr().err
+    assert "lvjax: left out: " in err and "is a LoRA" in err and "is neither" in err
+    assert set(lvjax.load(pair).parts) == {"dit", "dit_low", "vae", "text"}
+
+
+def test_parts_of_two_models(tmp_path, capsys):
+    """The autoencoder of Wan 2.2 beside a transformer of Wan 2.1, and two experts of two models."""
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    write(draw(tiny("wan2.1-t2v-1.3b.official")[0]), src, "a", "file")
+    write(draw(tiny("wan2.2-vae.official")[0]), src, "b", "pth")
+    says = "gives 48 latent channels, the transformer takes 16"
+    assert says in fails(capsys, src, dst) and not dst.exists()
+    with pytest.raises(CheckpointError, match=says):
+        lvjax.load(src)
+    # nor one after the other
+    assert main(["convert", str(src / "a.safetensors"), str(dst)]) == 0
+    before = sorted(dst.rglob("*"))
+    assert says in fails(capsys, src / "b.pth", dst) and sorted(dst.rglob("*")) == before
+    # nor two experts of two models
+    for word, name in (("high", "wan2.1-t2v-14b"), ("low", "wan2.2-i2v-a14b")):
+        write(draw(tiny(f"{name}.official")[0]), tmp_path / "two", f"{word}_noise", "file")
+    assert "not two experts of one model" in fails(capsys, tmp_path / "two", tmp_path / "no")
+
+
+def test_the_same_part_twice(tmp_path, capsys):
+    for name in "ab":
+        write(draw(tiny("wan2.1-vae.official")[0]), tmp_path / "src", name, "file")
+    says = fails(capsys, tmp_path / "src", tmp_path / "dst")
+    assert "holds an autoencoder twice (a.safetensors, b.safetensors); name one" in says
