@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from checkpoints_convert import hf_config, keys_clip, keys_dit, keys_umt5, keys_vae
 from checkpoints_convert.read import Tensors
-from checkpoints_convert.rules import Plan, Rule, make_plan
+from checkpoints_convert.rules import Plan, Rule, find_rules, make_plan
 from lvjax.core.errors import CheckpointError, InputError
-from lvjax.models.config import DiTConfig, VAEConfig
+from lvjax.models.config import WAN_T2V_1_3B, WAN_VAE_2_1, WAN_VAE_2_2, DiTConfig, VAEConfig
 from lvjax.models.dit import dit_spec
 from lvjax.models.image_encoder import ImageEncoderConfig, image_encoder_spec
 from lvjax.models.umt5 import UMT5Config, umt5_spec
@@ -155,10 +155,42 @@ def recognise(tensors: Tensors, config: dict, name: str) -> Model:
         if layout := known.layout(tensors):
             cfg = _config(known, tensors, layout, config, name)
             return Model(kind, layout, cfg, tensors, name)
+    if title := _fragment(tensors):
+        raise CheckpointError(
+            f"{name} holds only some arrays of {title}; give all of it, of several files the index"
+        )
     some = ", ".join(sorted(tensors)[:3])
     titles = " nor ".join(known.title for known in KINDS.values())
     raise StrangerError(f"{name} is neither {titles} of Wan's (it holds {some}, ...)")
 
+
+def _fragment(tensors: Tensors) -> str | None:
+    """What most of the arrays are of, by their names, though not all that tell it are there."""
+    names = list(tensors)[:LOOKED_AT]
+    for kind, samples in SAMPLES.items():
+        for layout in KINDS[kind].layouts:
+            for cfg in samples:
+                rules = KINDS[kind].rules(tensors, layout, cfg)
+                if 2 * sum(_has_place(key, rules) for key in names) > len(names):
+                    return KINDS[kind].title
+    return None
+
+
+def _has_place(name: str, rules: tuple[Rule, ...]) -> bool:
+    try:
+        return bool(find_rules([name], rules))
+    except CheckpointError:
+        return False
+
+
+SAMPLES = {
+    "dit": (WAN_T2V_1_3B,),
+    "vae": (WAN_VAE_2_1, WAN_VAE_2_2),
+    "text": (UMT5Config(),),
+    "image": (ImageEncoderConfig(),),
+}
+"""Models of every kind whose names differ."""
+LOOKED_AT = 200  # arrays
 
 STRANGERS = {
     "a part that lvjax wrote; give --to for the way back": lambda k: k.startswith(

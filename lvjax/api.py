@@ -23,10 +23,11 @@ from lvjax.core.errors import InputError
 from lvjax.io.image import as_image, fit_image
 from lvjax.rollout.condition import pixel_frames
 from lvjax.run import plan as plans
-from lvjax.run.bundle import Bundle, outline, typed
+from lvjax.run.bundle import Bundle, outline, typed, weight_bytes
 from lvjax.run.defaults import Defaults
 from lvjax.run.job import enlarge
 from lvjax.run.loras import filled, with_lora, with_strength, without_lora
+from lvjax.run.machine import device_memory
 from lvjax.run.request import MAX_SIDE, Request, check_size, frame_count, spread
 from lvjax.run.session import ClipResult, Session, check_settings, open_session, size_for, span
 
@@ -46,7 +47,11 @@ __all__ = [
 
 
 def load(
-    name: str | Path = "pocket", dtype: str | None = None, lora=None, merge: bool = False
+    name: str | Path = "pocket",
+    dtype: str | None = None,
+    lora=None,
+    merge: bool = False,
+    offload: bool | None = None,
 ) -> Bundle:
     """A model with its weights.
 
@@ -55,10 +60,17 @@ def load(
     dtype: of the activations of the transformer and of a large text encoder, "bfloat16" or
       "float32"; None for what the model says.
     lora, merge: as in `with_lora`; merged here, only the merged weights are in memory.
+    offload: whether the transformers' weights are kept in the host's memory, so that `generate` may
+      bring them to the device in parts; None for where they would fill more than half of it.
     Raises: CheckpointError when a file is missing, damaged, or does not match the model's spec;
       and as `with_lora`.
     """
-    return filled(with_lora(typed(outline(name), dtype), lora, merge))
+    if offload not in (None, True, False):
+        raise InputError(f"offload is {offload!r}; give True, False or None")
+    model = with_lora(typed(outline(name), dtype), lora, merge)
+    if offload is None:
+        offload = 2 * weight_bytes(model) > device_memory()
+    return filled(dataclasses.replace(model, offload="layers" if offload else "none"))
 
 
 @dataclass(frozen=True)
@@ -121,6 +133,9 @@ class Options:
       with two.  num_inference_steps: of the sampler; T-RFlow stops before the last.
     method: a name in `lvjax.methods.METHODS`; None for the model's own.
     seed: 0 to 2**32 - 1; or key: one typed JAX key, `jax.random.key(0)` being seed 0.
+    offload: where the transformers' weights wait; it changes no number.  "none": on the device;
+      "expert": in the host's memory, one transformer comes for its steps; "layers": there too, a
+      layer comes at a time; "auto": where they fit.
     """
 
     negative_prompt: str | None = None
@@ -138,6 +153,7 @@ class Options:
     method: str | None = None
     seed: int | None = None
     key: Any = None
+    offload: str = "auto"
 
     def __post_init__(self):
         for a, b in ALTERNATIVES:
@@ -159,6 +175,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise InputError(f"{name} is {value!r}; give text")
+        if self.offload not in plans.OFFLOADS:
+            raise InputError(f"offload is {self.offload!r}; give one of {list(plans.OFFLOADS)}")
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed}; give a number from 0 to {2**32 - 1}")
         if self.key is not None and not _is_key(self.key):
@@ -214,8 +232,9 @@ def prepare(bundle: Bundle, prompt, **options) -> Session:
     notices = dict.fromkeys([*notices, *more])
     check_settings(bundle, request)
     work = plans.work_of(request, bundle)
-    plans.check_memory(plans.make_plan(bundle, work), bundle, work)
-    session = open_session(bundle, request)
+    plan = plans.propose(bundle, work, o.offload)
+    plans.check_memory(plan, bundle, work, o.offload)
+    session = open_session(dataclasses.replace(bundle, offload=plan.offload), request)
     notices = (*bundle.notices, *notices, *session.notices)
     session = dataclasses.replace(session, notices=notices)
     return session if o.key is None else session.with_key(o.key)

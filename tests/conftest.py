@@ -3,6 +3,7 @@
 promotion.
 """
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,3 +17,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 enable_compilation_cache()
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Forget the compiled programs of a file with its last test.  Each is mapped into memory
+    several times, and a process that keeps those of the whole suite comes to the kernel's limit of
+    65,530.
+    """
+    if nextitem is None or nextitem.path != item.path:
+        jax.clear_caches()
+        gc.collect()

@@ -44,7 +44,7 @@ def test_quickstart(tmp_path, monkeypatch):
 def test_convert_and_run_wan(tmp_path, monkeypatch):
     said = printed(executed("02_convert_and_run_wan", tmp_path, monkeypatch))
     assert said.count("arrays have their place") == 3 and "wan2.1-t2v-1.3b" in said
-    assert said.count("arrays accounted for") == 3 and "rank 4 beside 1 weights" in said
+    assert said.count("arrays accounted for") == 3 and "rank 4 beside 1 weight" in said
     assert "(1, 5, 32, 48, 3)" in said and "lvjax: " not in said
     change = re.search(r"mean change of a pixel: (\S+)", said)
     assert change is not None and float(change[1]) > 0.1

@@ -70,7 +70,7 @@ def test_contents(wheel):
     assert wheel.stat().st_size < 60e6
 
 
-@pytest.mark.parametrize("command", ["generate", "replay", "convert", "train", "info"])
+@pytest.mark.parametrize("command", ["generate", "replay", "convert", "encode", "train", "info"])
 def test_help(bin, tmp_path, command):
     assert f"usage: lvjax {command}" in succeed([bin / "lvjax", command, "--help"], tmp_path)
 

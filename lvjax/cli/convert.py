@@ -88,7 +88,7 @@ def run(args) -> int:
     kinds = {s.part: part_kinds(s.model, s.model.plan(), args.dtype) for s in sources}
     made = not dst.exists()
     with lock.hold(dst, "DST"):
-        _check_place(dst, sources, args.overwrite)
+        _check_place(dst, sources)
         done = {s.part for s in sources if _is_there(s, dst, args)}
         tokenizer = _tokenizer(src, dst, sources, args.overwrite)
         try:
@@ -105,7 +105,7 @@ def run(args) -> int:
     return 0
 
 
-def _check_place(dst: Path, sources: list[Source], overwrite: bool) -> None:
+def _check_place(dst: Path, sources: list[Source]) -> None:
     """Whether DST may get these parts, whatever --overwrite says.
 
     Raises: InputError when that would replace SRC, or what lvjax did not write; CheckpointError

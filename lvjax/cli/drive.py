@@ -26,6 +26,7 @@ from lvjax.run.bundle import Bundle
 from lvjax.run.encoders import encode_prompts, load_embeddings
 from lvjax.run.job import Progress
 from lvjax.run.loras import filled
+from lvjax.run.machine import measured_rate
 from lvjax.run.request import MAX_SIDE, Request
 from lvjax.run.session import texts_of
 
@@ -66,22 +67,27 @@ def check_output(output: Path, rows: int, overwrite: bool) -> None:
         )
 
 
-def announce(outline: Bundle, request: Request, output, quiet: bool, clip: int = 0) -> None:
+def announce(
+    outline: Bundle, request: Request, output, quiet: bool, clip: int = 0, offload: str = "none"
+) -> Bundle:
     """Print the plan of a run, unless quiet, and check that it fits; say what is left out of LoRAs.
 
-    outline: the model without weights.  clip: the one that the run goes on with.
+    outline: the model without weights.  clip: the one that the run goes on with.  offload: where
+      the weights wait, or "auto" for where they fit.
+    Returns: the outline with that place.
     Raises: InputError for a picture that the file format cannot hold; DoesNotFitError naming
     settings that fit; StorageError.
     """
     check_picture(request.size, outline.defaults.upscale)
     work = plans.work_of(request, outline, clip)
-    plan = plans.make_plan(outline, work)
+    plan = plans.propose(outline, work, offload)
     if not quiet:
-        print(plans.describe(plan, plans.measured_rate(outline.dit.dtype)), flush=True)
-    plans.check_memory(plan, outline, work)
+        print(plans.describe(plan, measured_rate(outline.dit.dtype)), flush=True)
+    plans.check_memory(plan, outline, work, offload)
     plans.check_disk(plan, output)
     for notice in outline.notices:
         note(notice)
+    return dataclasses.replace(outline, offload=plan.offload)
 
 
 def check_picture(size: tuple[int, int], upscale: int) -> None:

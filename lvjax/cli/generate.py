@@ -19,6 +19,7 @@ from lvjax.io.video import read_video
 from lvjax.methods import METHODS
 from lvjax.run import card as cards
 from lvjax.run import job, lock, loras
+from lvjax.run import plan as plans
 from lvjax.run.adapters import parse
 from lvjax.run.bundle import Bundle, outline
 from lvjax.run.defaults import Defaults
@@ -108,6 +109,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     merge = "add the LoRAs to the weights instead, which takes no time per step"
     add("--merge-lora", action="store_const", const=True, help=merge)
+    add(
+        "--offload",
+        choices=plans.OFFLOADS,
+        default="auto",
+        help="where a transformer's weights wait: none is on the device; in the host's memory, "
+        "from where layers come one by one, or an expert for its steps; auto is where they fit",
+    )
     add("--config", help="a config file or name with any of these settings")
     add(
         "--set",
@@ -139,7 +147,7 @@ def _start(args, options: dict, output: Path) -> int:
     drive.check_start(output, rows)
     with lock.hold({output, *job.outputs(output, rows)}):
         drive.check_output(output, rows, args.overwrite)
-        drive.announce(sizes, request, output, args.quiet)
+        sizes = drive.announce(sizes, request, output, args.quiet, offload=args.offload)
         for notice in notices:
             drive.note(notice)
         bundle = drive.load_model(sizes, request, options["embeddings"])
@@ -184,7 +192,8 @@ def _resume(args, options: dict, output: Path) -> int | None:
         sizes = job.with_defaults(sizes, card)
         _check_saved(sizes, request, output)
         cards.check_place(output)
-        drive.announce(sizes, request, output, args.quiet, job.position(output)[0])
+        at = job.position(output)[0]
+        sizes = drive.announce(sizes, request, output, args.quiet, at, args.offload)
         bundle = drive.load_model(sizes, request, options["embeddings"])
         if card["weights"] != bundle.hashes:
             raise InputError(

@@ -208,8 +208,7 @@ def _sizes(cfg) -> str:
 
 def _stored(part: Part) -> str:
     """How the arrays of a part lie on the disk, in words."""
-    types = " + ".join(f"{n} {kind}" for kind, n in part.types.most_common())
-    return f"{types}, {_bytes(part.size)}; {part.places}"
+    return f"{_types(part.types)}, {_bytes(part.size)}; {part.places}"
 
 
 def _bytes(n: int) -> str:
@@ -301,8 +300,8 @@ def _lora(path: Path) -> Lines:
     tensors = open_lora(path).tensors
     facts = lora_facts(tensors.shapes(), MODELS, str(path))
     ranks = " and ".join(map(str, facts.ranks[:SHOWN])) + (" ..." * (len(facts.ranks) > SHOWN))
-    what = f"rank {ranks} beside {facts.modules} weights" if facts.modules else ""
-    more = f"{facts.differences} differences" if facts.differences else ""
+    what = f"rank {ranks} beside {_many(facts.modules, 'weight')}" if facts.modules else ""
+    more = _many(facts.differences, "difference") if facts.differences else ""
     width = "of unknown width" if facts.width is None else f"{facts.width} wide"
     fits = f"; fits {', '.join(facts.models)}" if facts.models else "; of no released size"
     expert = {"both": "both experts", "low": "the low-noise expert"}.get(facts.expert)
@@ -311,7 +310,7 @@ def _lora(path: Path) -> Lines:
     unused = f", {facts.unused} of them for no transformer" if facts.unused else ""
     lines = [
         ("lora", f"{facts.family}: {' and '.join(filter(None, (what, more)))}"),
-        ("model", f"a transformer {width}, {facts.layers} layers or more{fits}"),
+        ("model", f"a transformer {width}, {_many(facts.layers, 'layer')} or more{fits}"),
         ("arrays", f"{_types(types)}, {_bytes(size)}{unused}"),
     ]
     if expert:
@@ -339,10 +338,15 @@ def _own_file(path: Path) -> tuple[Lines, list[str]]:
         clip, frame = job.position(output)
         lines = _video(output, meta["card"])[:-1]
         use = f"lvjax generate --resume --out {shlex.quote(str(output))}"
-        return [("state", f"{clip} clips, {frame} frames are made"), *lines, ("use", use)], []
+        made = f"{_many(clip, 'clip')}, {_many(frame, 'frame')} made"
+        return [("state", made), *lines, ("use", use)], []
     types = Counter(str(slot.dtype) for slot in stored.slots.values())
     size = _bytes(sum(map(_size, stored.slots.values())))
     return [("arrays", f"of lvjax's: {_types(types)}, {size}")], []
+
+
+def _many(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _types(types: Counter) -> str:
@@ -357,7 +361,7 @@ def _video(path: Path, card) -> Lines:
     rows = f"{len(asked.timelines)} videos of " if len(asked.timelines) > 1 else ""
     made = ", ".join(f"{k} {v}" for k, v in card["versions"].items() if k in ("lvjax", "jax"))
     return [
-        ("video", f"{rows}{asked.frames} frames of {width}x{height}, seed {asked.seed}"),
+        ("video", f"{rows}{_many(asked.frames, 'frame')} of {width}x{height}, seed {asked.seed}"),
         ("model", f"{options.get('model')}, {made}"),
         *_prompts(text for row in asked.timelines for _, text in row),
         ("use", f"lvjax replay {shlex.quote(str(path))}"),

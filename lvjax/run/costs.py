@@ -20,17 +20,19 @@ from lvjax.kernels.attention import score_bytes
 from lvjax.memory.cache import init_cache
 from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.image_encoder import ImageEncoderConfig
+from lvjax.models.umt5 import UMT5Config
 from lvjax.models.vae import decode_start, encode_start, vae_spec
 from lvjax.rollout.condition import MASK
+from lvjax.run.bundle import Bundle, leaf_bytes, specs
 
-# Bytes per token of a block, by the width of an activation in bytes: per channel of the stream while
-# queries, keys and values are made and while they attend, beside the scores; per channel of the
-# feed-forward layer, beside the stream's own 4 per channel.
+# Bytes per token of a block, by the width of an activation in bytes: per channel of the stream
+# while queries, keys and values are made, and while they attend, beside the scores; per channel of
+# the feed-forward layer, beside the stream's own 4 per channel.
 PROJECTING = {2: 33, 4: 37}
 ATTENDING = {2: 24, 4: 30}
 FEEDING = {2: 6, 4: 8}
 SCORES = 2  # chunks of scores that attention holds
-LAYERS_AHEAD = 2  # one that is computed with, one on its way
+LAYERS_AHEAD = 3  # of weights that wait: one on its way, one that is computed with and its copy
 # Of a step over one latent frame, in its pictures of the channels of the decoder's last or the
 # encoder's first stage: what the decoder holds, what it holds while its kernels are laid out anew,
 # and what the encoder holds.
@@ -73,6 +75,9 @@ def waits(dit: DiTConfig) -> bool:
     return SLICES_WIDEN and jax.default_backend() == "cpu" and dit.dtype == "bfloat16"
 
 
+# ---- the autoencoder ---------------------------------------------------------------
+
+
 @lru_cache
 def _remembered(vae: VAEConfig, part: str) -> int:
     """What "decoder" or "encoder" remembers of the frames before, float32, for one latent cell."""
@@ -87,7 +92,7 @@ def _remembered(vae: VAEConfig, part: str) -> int:
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state)) // 4
 
 
-def decoder_bytes(vae: VAEConfig, latents: int, size: tuple[int, int]) -> int:
+def decoding(vae: VAEConfig, latents: int, size: tuple[int, int]) -> int:
     """What decoding one video of `latents` frames of `size` (h, w) holds, without the weights.
 
     The loop over frames has what is remembered of the frames before twice, old and new.
@@ -98,8 +103,8 @@ def decoder_bytes(vae: VAEConfig, latents: int, size: tuple[int, int]) -> int:
     return round(max(turning, laying_out))
 
 
-def encoder_bytes(vae: VAEConfig, latents: int, size: tuple[int, int]) -> int:
-    """As `decoder_bytes`, with the frames rearranged, but without the frames as they are given."""
+def encoding(vae: VAEConfig, latents: int, size: tuple[int, int]) -> int:
+    """As `decoding`, with the frames rearranged, but without the frames as they are given."""
     remembered, picture, pixels = _step_bytes(vae, "encoder", size)
     picture *= 1 if latents > 1 else 1 / MASK
     held = min(2, latents - 1) * remembered + ENCODING * picture + RGB * pixels * MASK * latents
@@ -119,6 +124,68 @@ def _step_bytes(vae: VAEConfig, part: str, size: tuple[int, int]) -> tuple[int, 
 
 def _kernel_bytes(vae: VAEConfig, part: str) -> int:
     return sum(4 * math.prod(p.shape) for p in flatten(vae_spec(vae)[part]).values())
+
+
+# ---- weights -----------------------------------------------------------------------
+
+
+def stacks(bundle: Bundle) -> dict[str, int]:
+    """Bytes of the blocks of each transformer."""
+    found = {}
+    for part in bundle.experts:
+        leaves = leaf_bytes(bundle, part, specs(bundle)[part])
+        blocks = (leaf for name, leaf in leaves.items() if name.startswith("blocks/"))
+        found[part] = sum(math.prod(shape) * width for shape, width in blocks)
+    return found
+
+
+def in_flight(bundle: Bundle, offload: str) -> int:
+    """Bytes of weights that sampling holds beside those that are kept on the device."""
+    stack = max(stacks(bundle).values())
+    leaves = leaf_bytes(bundle, "dit", specs(bundle)["dit"])
+    wide = sum(  # what computes in float32 is converted once, ahead of the loops
+        4 * math.prod(shape)
+        for name, (shape, width) in leaves.items()
+        if name.startswith(("time_", "head/")) and width == 2
+    )
+    ahead = offload == "layers" or waits(bundle.dit)
+    layers = LAYERS_AHEAD if ahead else 1
+    whole = stack if offload == "expert" else 0
+    return round(whole + layers * stack / bundle.dit.num_layers + wide)
+
+
+def _stored(bundle: Bundle, part: str) -> dict[str, int]:
+    """Bytes of the arrays of a part on the disk."""
+    slots = bundle.parts[part].slots if part in bundle.parts else {}
+    return {name: math.prod(s.shape) * s.dtype.itemsize for name, s in slots.items()}
+
+
+def encoders(bundle: Bundle, rows: int) -> dict[str, int]:
+    """Bytes while the encoders that are not kept are in use: one layer of UMT5, as it is read and
+    as it computes, and the rows that pass through it; or the image encoder.
+    """
+    found, text = {}, bundle.text
+    if isinstance(text, UMT5Config) and (stored := _stored(bundle, "text")):
+        blocks = sum(size for name, size in stored.items() if name.startswith("blocks/"))
+        passing = rows * text.length * (24 * text.dim + 8 * text.ffn_dim)
+        found["text encoder"] = 2 * blocks // text.num_layers + passing
+    if stored := _stored(bundle, "image"):
+        found["image encoder"] = 2 * sum(stored.values())
+    return found
+
+
+def reading(bundle: Bundle) -> int:
+    """Bytes beside the weights while the largest array of them is read: itself, and what of it is
+    finite.
+    """
+    sizes = [0]
+    for part, spec in specs(bundle).items():
+        for shape, width in leaf_bytes(bundle, part, spec).values():
+            sizes.append(math.prod(shape) * (width + 1))
+    return max(sizes)
+
+
+# ---- operations --------------------------------------------------------------------
 
 
 def transformer_flops(dit: DiTConfig, tokens: int, remembered: int = 0) -> float:

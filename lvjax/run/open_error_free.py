@@ -50,6 +50,11 @@ def settings(d: Defaults, request: Request) -> ErrorFree:
     )
 
 
+def work(bundle: Bundle, request: Request) -> dict[str, int]:
+    """Steps of the sampler; see `plan.Work`."""
+    return {"steps": request.steps}
+
+
 def given_of(d: Defaults, start) -> int:
     """Pixel frames of a request's start that its first clip is given."""
     shape = np.shape(start)  # [H, W, 3], [P, H, W, 3], [B, P, H, W, 3]

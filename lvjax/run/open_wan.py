@@ -49,6 +49,13 @@ def _strength(bundle: Bundle, request: Request) -> float | None:
     return STRENGTH if request.strength is None else request.strength
 
 
+def work(bundle: Bundle, request: Request) -> dict[str, int]:
+    """Steps of the sampler that are run, and latent frames that are encoded; see `plan.Work`."""
+    chosen, latents = settings(bundle, request), 1 + (request.frames - 1) // MASK
+    whole = bundle.dit.condition_channels > 0 or chosen.strength is not None
+    return {"steps": chosen.active.steps, "encoded": latents if whole else int(chosen.impose)}
+
+
 def cuts(d: Defaults, request: Request) -> Cuts:
     """One clip that shows everything."""
     return Cuts(request.frames, request.frames, request.frames, d.fps)

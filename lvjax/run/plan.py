@@ -1,36 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run will need, by arithmetic, before weights are read and before anything is compiled:
-memory, disk and time; and whether memory and disk are there.
+"""What a run will need, before weights are read and before anything is compiled: memory, disk and
+time; whether they are there; and where the weights of the transformers should wait.
 
-Does not own: the compiled programs, whose real figures need minutes of compilation; tests hold the
-plan against measured peaks.
+Does not own: what the parts of a model cost (costs.py), what the machine has (machine.py), and the
+compiled programs, whose real figures need minutes of compilation; tests hold the plan against
+measured peaks.
 """
 
 import dataclasses
 import math
 import os
 import shutil
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from lvjax.core.errors import DoesNotFitError, StorageError
-from lvjax.core.params import flatten
 from lvjax.flow.schedule import make_schedule
 from lvjax.flow.truncated import steps_needed
-from lvjax.kernels.attention import score_bytes
-from lvjax.memory.cache import init_cache
 from lvjax.methods.error_free import memory_layers
-from lvjax.models.config import VAEConfig
-from lvjax.models.vae import vae_spec
-from lvjax.rollout.condition import MASK
+from lvjax.rollout.condition import MASK, pixel_frames
+from lvjax.run import costs
 from lvjax.run.bundle import Bundle, weight_bytes
+from lvjax.run.machine import device_memory, host_memory, shares_memory
 from lvjax.run.request import Request, resolved
-from lvjax.run.session import cuts, data_mesh
+from lvjax.run.session import OPENINGS, check_offload, cuts, data_mesh
 from lvjax.run.state import state_path
 
 # bytes of the process once jax is up and the pocket programs are loaded, measured on the CPU
@@ -40,11 +35,14 @@ COMPILING = 350e6
 # H.264 bits per source pixel at the writer's quality, measured on pocket videos at six-fold size
 VIDEO_BITS = 20.0
 # Times the bank of keys and values that a clip holds: the bank as saved once; the rest are rotated
-# keys and the copies that the loops over layers and steps carry.  XLA's memory analysis on the CPU:
-# arguments and workspace grow by 3.24 bytes per byte of bank.
-BANKS = 3.25
+# keys and the copies that the loops over layers and steps carry.  By XLA's memory analysis of
+# pocket clips on the CPU, with banks of 8 to 118 MB.
+BANKS = 2.2
 # share of the rate of one matrix product that a clip reaches, measured on the CPU
 EFFICIENCY = 0.8
+
+OFFLOADS = ("auto", "none", "expert", "layers")
+"""What may be asked for, see `propose` and `Bundle.offload`."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ class Work:
 
     batch: videos at once.  size: (height, width) in pixels.  clips, frames: to be made of each
     video, in clips and in pixel frames.  steps: of the sampler.  guided: whether guidance doubles
-    the batch.
+    the batch.  encoded: latent frames that the autoencoder makes of what a run starts from, where
+    the method does not say it.
     """
 
     batch: int
@@ -63,6 +62,7 @@ class Work:
     steps: int
     guided: bool
     method: str = "error_free"
+    encoded: int = 0
 
 
 class Shape(NamedTuple):
@@ -84,10 +84,12 @@ class Shape(NamedTuple):
 class Plan:
     """Needs of a run, in bytes and floating-point operations.
 
-    memory: by purpose, on each device.  devices: how many the batch is spread over.  host: of the
-    process, outside the devices' memory.  shared: whether the devices' memory is the host's, as on
-    the CPU.  disk: the finished videos, and the state twice, because a new one is complete before
-    the old one goes.  flops: of the whole run, all devices together.
+    memory: by purpose, on each device, when it is most.  devices: how many the batch is spread
+    over.  host: of the process, outside the devices' memory.  shared: whether the devices' memory
+    is the host's, as on the CPU.  disk: the finished videos, and the state twice, because a new one
+    is complete before the old one goes.  flops: of the whole run, all devices together.
+    offload: where the weights of the transformers wait, see `Bundle.offload`; reason: why there;
+    waiting: bytes of those in the host's memory, which `host` counts too.
     """
 
     memory: dict[str, int]
@@ -98,6 +100,9 @@ class Plan:
     flops: float
     clips: int
     frames: int
+    offload: str = "none"
+    reason: str = "as asked"
+    waiting: int = 0
 
     @property
     def device_bytes(self) -> int:
@@ -118,9 +123,9 @@ def work_of(request: Request, bundle: Bundle, clip: int = 0) -> Work:
         size=asked.size,
         clips=parts.clips - clip,
         frames=asked.frames - parts.begin(clip),
-        steps=asked.steps,
-        guided=asked.guidance != 1,
+        guided=any(scale != 1 for scale in np.atleast_1d(asked.guidance)),
         method=asked.method,
+        **OPENINGS[asked.method].work(bundle, asked),
     )
 
 
@@ -129,42 +134,31 @@ def _shape(bundle: Bundle, work: Work) -> Shape:
     d = bundle.defaults
     steps = min(work.steps, 1000)  # a session refuses more
     if work.method == "wan":
-        latents = 1 + (work.frames - 1) // MASK
-        return Shape(latents, 1, False, steps, latents * (bundle.dit.condition_channels > 0))
+        return Shape(1 + max(0, work.frames - 1) // MASK, 1, False, steps, work.encoded)
     sigmas = make_schedule(steps, d.shift, d.solver).sigmas
     passes = steps_needed(sigmas, d.window) + 1  # the last one to remember
     return Shape(d.clip_latents, d.capacity, True, passes, d.overlap)
 
 
-def make_plan(bundle: Bundle, work: Work) -> Plan:
-    """The plan of a run; of the bundle only the sizes and defaults are used."""
-    shape, dit, vae = _shape(bundle, work), bundle.dit, bundle.vae
-    devices = data_mesh(work.batch).size
-    shared = jax.default_backend() == "cpu"
+def make_plan(bundle: Bundle, work: Work, offload: str = "none", reason: str = "as asked") -> Plan:
+    """The plan of a run; of the bundle only the sizes and defaults are used, and where the weights
+    are if it has any.
+    """
+    shape = _shape(bundle, work)
+    devices, shared = data_mesh(work.batch).size, shares_memory()
     batch = work.batch // devices
     rows = batch * (2 if work.guided else 1)
-    grid, tokens = _tokens(bundle, work)
-    bank = _bank_bytes(bundle, rows, grid) if shape.kept else 0
-    scores = score_bytes(rows, dit.num_heads, tokens, shape.bank * tokens)
-    activations = rows * tokens * (dit.ffn_dim + 12 * dit.dim) * 4
-    picture = batch * math.prod(work.size) / vae.patch**2 * _full_size_channels(vae) * 4
-    new = shape.latents - (shape.encoded if shape.kept else 0)
-    decoding = round(picture * (12 + 4 * MASK * new))
-    memory = {
-        "weights": weight_bytes(bundle),
-        "memory of clips": round(BANKS * bank),
-        "transformer": scores + activations,
-        "autoencoder": decoding,
-    }
-    condition = batch * tokens * math.prod(dit.patch) * (MASK + vae.z) * 4
-    state = devices * (bank + condition)
+    loaded_there = bool(bundle.params) and bundle.offload != "none"
+    waits = loaded_there or offload != "none"
+    waiting = devices * sum(costs.stacks(bundle).values()) * waits
+    state = devices * _state_bytes(bundle, work, shape, batch, rows)
     # Saving copies the state to the host and into a file twice over.  On the CPU that is less than
     # the same memory held while computing.
-    saving = 0 if shared else 3 * state
+    saving = 0 if shared else 3 * state + costs.reading(bundle)
     return Plan(
-        memory=memory,
+        memory=_memory(bundle, work, shape, batch, rows, offload),
         devices=devices,
-        host=round(RUNTIME) + saving,
+        host=round(RUNTIME) + saving + waiting,
         shared=shared,
         disk=round(
             work.batch * (math.prod(work.size) * work.frames * VIDEO_BITS / 8 + 2e5) + 2 * state
@@ -172,7 +166,81 @@ def make_plan(bundle: Bundle, work: Work) -> Plan:
         flops=float(work.clips) * devices * _clip_flops(bundle, work, rows, batch),
         clips=work.clips,
         frames=work.frames,
+        offload=offload,
+        reason=reason,
+        waiting=waiting,
     )
+
+
+def propose(bundle: Bundle, work: Work, offload: str = "auto") -> Plan:
+    """The plan with the weights of the transformers where they are asked to wait; for "auto", on
+    the devices if they fit there, else in the first place from which the run does, else where it
+    needs least.
+
+    Raises: InputError for a place where they cannot wait with the method.
+    """
+    if offload != "auto":
+        check_offload(offload, work.method)
+        return make_plan(bundle, work, offload)
+    plans = [make_plan(bundle, work, "none", "everything fits on the device")]
+    if fits(plans[0]):
+        return plans[0]
+    why = (
+        f"because {plans[0].device_bytes / 1e9:.1f} GB of the device's {device_memory() / 1e9:.1f} "
+        "GB would be needed for everything"
+    )
+    for place in OPENINGS[work.method].OFFLOADS[1:]:
+        plans.append(make_plan(bundle, work, place, why))
+        if fits(plans[-1]):
+            return plans[-1]
+    least = min(plans, key=lambda plan: (not plan.shared and plan.device_bytes, plan.host_bytes))
+    return dataclasses.replace(least, reason="which needs least")
+
+
+# ---- memory ------------------------------------------------------------------------
+
+
+def _memory(
+    bundle: Bundle, work: Work, shape: Shape, batch: int, rows: int, offload: str
+) -> dict[str, int]:
+    """Bytes on a device, by purpose, when they are most."""
+    dit, vae = bundle.dit, bundle.vae
+    grid, tokens = _tokens(bundle, work)
+    small = tuple(n // vae.spatial_stride for n in work.size)
+    stacks = costs.stacks(bundle)
+    there = bool(bundle.params) and bundle.offload == "none"  # from where they do not go away
+    held = {
+        "weights": weight_bytes(bundle)
+        - (0 if offload == "none" or there else sum(stacks.values())),
+        "prompts": len(bundle.experts) * costs.context_bytes(dit, rows),
+    }
+    if shape.kept:
+        held["memory of clips"] = round(BANKS * _bank_bytes(bundle, rows, grid))
+    latents = batch * shape.latents * math.prod(small) * (vae.z + MASK) * 4
+    shown = batch * math.prod(work.size) * pixel_frames(shape.latents) * costs.RGB + latents
+    coding = [costs.decoding(vae, shape.latents, small)]
+    if shape.encoded:
+        coding.append(costs.encoding(vae, shape.encoded, small))
+    transformer = (
+        costs.block_bytes(dit, rows, tokens, shape.bank * tokens)
+        + latents
+        + costs.in_flight(bundle, offload)
+    )
+    phases = [
+        {"transformer": transformer, "frames": 0 if offload == "expert" else shown},
+        {"autoencoder": batch * max(coding), "frames": shown},
+        *({name: size} for name, size in costs.encoders(bundle, rows).items()),
+        {"reading of weights": costs.reading(bundle) * shares_memory()},
+    ]
+    most = max(phases, key=lambda phase: sum(phase.values()))
+    return {name: size for name, size in (held | most).items() if size}
+
+
+def _state_bytes(bundle: Bundle, work: Work, shape: Shape, batch: int, rows: int) -> int:
+    """Bytes of what one clip leaves to the next."""
+    grid, tokens = _tokens(bundle, work)
+    condition = batch * tokens * math.prod(bundle.dit.patch) * (MASK + bundle.vae.z) * 4
+    return condition + (_bank_bytes(bundle, rows, grid) if shape.kept else 0)
 
 
 def _tokens(bundle: Bundle, work: Work) -> tuple[tuple[int, int], int]:
@@ -188,68 +256,28 @@ def _layers(bundle: Bundle) -> tuple[int, int]:
 
 
 def _bank_bytes(bundle: Bundle, rows: int, grid: tuple[int, int]) -> int:
-    """Keys and values of the remembered clips, as the cache itself lays them out."""
+    """Keys and values of the remembered clips."""
     frames = bundle.defaults.capacity * bundle.defaults.clip_latents
-    bank = jax.eval_shape(lambda: init_cache(bundle.dit, rows, frames, grid, _layers(bundle)))
-    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(bank))
+    return costs.bank_bytes(bundle.dit, rows, frames, grid, _layers(bundle))
+
+
+# ---- time --------------------------------------------------------------------------
 
 
 def _clip_flops(bundle: Bundle, work: Work, rows: int, batch: int) -> float:
     """Floating-point operations of one clip on one device: the transformer once per step of the
-    sampler that T-RFlow runs and once to remember, then decoding, and encoding the overlap.
+    sampler that is run and, with a memory, once to remember; then decoding, and encoding.
     """
-    shape, dit, vae = _shape(bundle, work), bundle.dit, bundle.vae
+    shape, vae = _shape(bundle, work), bundle.vae
     _, tokens = _tokens(bundle, work)
-    first, last = _layers(bundle)
-    seen = dit.num_layers * (tokens + dit.text_len) + (last - first) * (shape.bank - 1) * tokens
-    products = dit.num_layers * (6 * dit.dim + 2 * dit.ffn_dim)
-    transformer = tokens * dit.dim * (2 * products + 4 * seen)
+    first, last = _layers(bundle) if shape.kept else (0, 0)
+    remembered = (last - first) * (shape.bank - 1) * tokens
     size = tuple(n // vae.spatial_stride for n in work.size)
-    pictures = _vae_flops(vae, "decoder", shape.latents, size)
+    pictures = costs.vae_flops(vae, "decoder", shape.latents, size)
     if shape.encoded:
-        pictures += _vae_flops(vae, "encoder", shape.encoded, size)
-    return rows * shape.passes * transformer + batch * pictures
-
-
-def _full_size_channels(vae: VAEConfig) -> float:
-    """Channels where the decoder has reached the size of the picture, on average over the first
-    layer there: those of Wan 2.2 halve only after it.
-    """
-    last = vae_spec(vae)["decoder"][f"stage{len(vae.dim_mult) - 1}"]
-    return sum(last["res0"]["conv1"]["kernel"].shape[-2:]) / 2
-
-
-def _vae_flops(vae: VAEConfig, part: str, latents: int, size: tuple[int, int]) -> float:
-    """Floating-point operations of the convolutions of one video through "encoder" or "decoder".
-
-    latents: frames of the latent video; size: (h, w) of it.
-    """
-    last, decoder = len(vae.dim_mult) - 1, part == "decoder"
-    stages = {f"stage{i}": i for i in range(last + 1)}
-    stages |= {"conv_in": 0, "mid": 0 if decoder else last, "head": last}
-    total = 0.0
-    for name, weight in flatten(vae_spec(vae)[part]).items():
-        if len(weight.shape) >= 4:  # a kernel
-            i = stages[name.split("/")[0]]
-            slowed = vae.temporal_down[::-1][:i] if decoder else vae.temporal_down[i:]
-            frames = 1 + (latents - 1) * 2 ** sum(slowed)
-            pixels = math.prod(size) * 4 ** (i if decoder else last - i)
-            total += 2.0 * math.prod(weight.shape) * frames * pixels
-    return total
-
-
-def measured_rate(dtype: str) -> float:
-    """Floating-point operations per second of this device in one large matrix product, now."""
-    n = 1024 if jax.default_backend() == "cpu" else 8192
-    a = jnp.ones((n, n), jnp.dtype(dtype))
-    product = jax.jit(jnp.matmul)
-    product(a, a).block_until_ready()
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        product(a, a).block_until_ready()
-        times.append(time.perf_counter() - began)
-    return 2.0 * n**3 / sorted(times)[2]
+        pictures += costs.vae_flops(vae, "encoder", shape.encoded, size)
+    passes = rows * shape.passes
+    return passes * costs.transformer_flops(bundle.dit, tokens, remembered) + batch * pictures
 
 
 def seconds(plan: Plan, rate: float) -> float:
@@ -264,10 +292,12 @@ def describe(plan: Plan, rate: float) -> str:
     """The plan in one line for the user."""
     parts = ", ".join(f"{k} {v / 1e6:.0f} MB" for k, v in plan.memory.items())
     each = "" if plan.devices == 1 else f" on each of {plan.devices} devices"
+    wait = f", weights that wait on the host {plan.waiting / 1e6:.0f} MB" if plan.waiting else ""
     return (
         f"plan: {plan.frames} frames in {plan.clips} clips; memory {plan.host_bytes / 1e9:.2f} GB "
-        f"({parts}{each}; the process itself {plan.host / 1e6:.0f} MB, and "
+        f"({parts}{each}; the process itself {(plan.host - plan.waiting) / 1e6:.0f} MB{wait}, and "
         f"{COMPILING / 1e6:.0f} MB more while compiling for the first time); "
+        f"offload {plan.offload}, {plan.reason}; "
         f"disk {plan.disk / 1e6:.0f} MB; about {_duration(seconds(plan, rate))} (estimate: "
         f"{plan.flops / 1e12:.2g} TFLOP at {EFFICIENCY:.0%} of the {rate / 1e9:.0f} GFLOP/s of a "
         "matrix product timed now; loading and compiling come on top)"
@@ -278,50 +308,26 @@ def _duration(s: float) -> str:
     return f"{s:.0f} s" if s < 120 else f"{s / 60:.0f} min" if s < 7200 else f"{s / 3600:.1f} h"
 
 
-def host_memory() -> int:
-    """Free bytes of the machine, within the control group's limit."""
-    free = 1 << 62
-    for line in (
-        Path("/proc/meminfo").read_text().splitlines() if os.path.exists("/proc/meminfo") else ()
-    ):
-        if line.startswith("MemAvailable"):
-            free = int(line.split()[1]) * 1024
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        if os.path.exists(path) and (text := Path(path).read_text().strip()).isdigit():
-            free = min(free, int(text) - _group_uses(Path(path).parent))
-    return free
-
-
-def _group_uses(folder: Path) -> int:
-    """Bytes that a control group holds and cannot drop: file pages that lie idle do not count."""
-    used = [p for n in ("memory.current", "memory.usage_in_bytes") if (p := folder / n).exists()]
-    stat = (folder / "memory.stat").read_text() if (folder / "memory.stat").exists() else ""
-    lines = dict(line.split() for line in stat.splitlines())
-    idle = int(lines.get("total_inactive_file", lines.get("inactive_file", 0)))
-    return max(0, int(used[0].read_text()) - idle) if used else 0
-
-
-def device_memory() -> int:
-    """Bytes that jax may use on a device; without bound where the device does not say."""
-    stats = jax.devices()[0].memory_stats() or {}
-    return int(stats.get("bytes_limit", 0)) or 1 << 62
-
-
 def fits(plan: Plan) -> bool:
     """Whether memory is there, for the device and for the process."""
     on_device = plan.shared or plan.device_bytes <= device_memory()
     return on_device and plan.host_bytes + COMPILING <= host_memory()
 
 
-def check_memory(plan: Plan, bundle: Bundle, work: Work) -> None:
-    """Raises: DoesNotFitError with settings that fit."""
+def check_memory(plan: Plan, bundle: Bundle, work: Work, offload: str = "auto") -> None:
+    """offload: as the plan was asked for.  Raises: DoesNotFitError with settings that fit."""
     if not fits(plan):
-        needs = f"{(plan.host_bytes + COMPILING) / 1e9:.1f} GB of memory"
-        have = f"{host_memory() / 1e9:.1f} GB are free"
-        if not plan.shared:
-            needs += f" and {plan.device_bytes / 1e9:.1f} GB on each device"
-            have += f", {device_memory() / 1e9:.1f} GB on a device"
-        raise DoesNotFitError(f"the run needs {needs}, {have}; {_smaller(bundle, work)}")
+        raise DoesNotFitError(f"the run needs {_short_of(plan)}; {_smaller(bundle, work, offload)}")
+
+
+def _short_of(plan: Plan) -> str:
+    """What a plan needs, and what is there."""
+    needs = f"{(plan.host_bytes + COMPILING) / 1e9:.1f} GB of memory"
+    have = f"{host_memory() / 1e9:.1f} GB are free"
+    if not plan.shared:
+        needs += f" and {plan.device_bytes / 1e9:.1f} GB on each device"
+        have += f", {device_memory() / 1e9:.1f} GB on a device"
+    return f"{needs}, {have}"
 
 
 def check_disk(plan: Plan, output) -> None:
@@ -342,7 +348,7 @@ def check_disk(plan: Plan, output) -> None:
         )
 
 
-def _smaller(bundle: Bundle, work: Work) -> str:
+def _smaller(bundle: Bundle, work: Work, offload: str) -> str:
     """Fewer videos at once first, then a smaller picture; all else as asked."""
     unit = bundle.vae.spatial_stride * bundle.dit.patch[1]
     while work.batch > 1 or max(work.size) > unit:
@@ -351,7 +357,7 @@ def _smaller(bundle: Bundle, work: Work) -> str:
         else:
             size = tuple(max(unit, n // 2 // unit * unit) for n in work.size)
             work = dataclasses.replace(work, size=size)
-        if fits(make_plan(bundle, work)):
+        if fits(propose(bundle, work, offload)):
             height, width = work.size
             videos = "one video" if work.batch == 1 else f"{work.batch} videos at once"
             return f"{videos} of --size {width}x{height} would fit"

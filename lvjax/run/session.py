@@ -26,7 +26,7 @@ from lvjax.run.request import Request, resolved
 from lvjax.run.timeline import Cuts, missed_notices
 
 OPENINGS: dict[str, ModuleType] = {"error_free": open_error_free, "wan": open_wan}
-"""For each method, its `cuts`, `span`, `size_for`, `check`, `opening` and `OFFLOADS`."""
+"""For each method, its `cuts`, `span`, `size_for`, `check`, `work`, `opening` and `OFFLOADS`."""
 
 
 class ClipResult(NamedTuple):
@@ -194,24 +194,16 @@ def open_session(bundle: Bundle, request: Request) -> Session:
 
     Raises: InputError with the nearest legal values.
     """
-    check_offload(bundle, request)
+    check_offload(bundle.offload, resolved(bundle, request).method)
     mesh = data_mesh(len(request.timelines))
     placed = dataclasses.replace(bundle, params=_placed(bundle, mesh))
     return _session(placed, request, mesh)
 
 
-def offloads(bundle: Bundle, request: Request) -> tuple[str, ...]:
-    """Where the weights of the transformers may wait, for the method of a request."""
-    return OPENINGS[resolved(bundle, request).method].OFFLOADS
-
-
-def check_offload(bundle: Bundle, request: Request) -> None:
-    """Raises: InputError for a place where weights cannot wait with this method."""
-    if bundle.offload not in (allowed := offloads(bundle, request)):
-        method = resolved(bundle, request).method
-        raise InputError(
-            f"offload is {bundle.offload!r}; the method {method} allows {', '.join(allowed)}"
-        )
+def check_offload(offload: str, method: str) -> None:
+    """Raises: InputError for a place where weights cannot wait with a method."""
+    if offload not in (allowed := OPENINGS[method].OFFLOADS):
+        raise InputError(f"offload is {offload!r}; the method {method} allows {', '.join(allowed)}")
 
 
 def _placed(bundle: Bundle, mesh) -> dict[str, Any]:

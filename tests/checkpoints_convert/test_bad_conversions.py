@@ -3,80 +3,75 @@
 memory, and leaves nothing; `lvjax.load` takes none of them either.
 """
 
-import json
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
-
-import ml_dtypes
-import numpy as np
 import pytest
 
 import lvjax
+from lvjax.cli.main import main
 from lvjax.core.errors import CheckpointError
-from lvjax.models.config import WAN_VAE_2_2_MEAN
-from tests.checkpoints_convert.bad_files import MEGABYTES, SECONDS, Case, listing, outcomes
-from tests.checkpoints_convert.tiny_checkpoints import draw, tensor, tiny, usual, write
+from tests.checkpoints_convert.bad_conversions import CASES, DIT, VAE, case, same
+from tests.checkpoints_convert.bad_files import Case, Outcome, build, complaint, listing, outcomes
 
 PROGRAM = """
-import contextlib, io, json
+import contextlib, io
 from pathlib import Path
 
 import lvjax.cli.convert
 from lvjax.cli.main import main
-from lvjax.core.errors import InputError
+from lvjax.core.errors import CheckpointError, InputError
 
 def use(path):
-    src, *options = json.loads(Path(path).read_text())
-    folder = Path(path).parent
+    src, *options = json.loads((Path(path) / "arguments.json").read_text())
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        code = main(["convert", str(folder / src), str(folder / "dst"), *options])
+        code = main(["convert", f"{path}/{src}", f"{path}/dst", *options])
     if code:
         kinds = {2: InputError, 3: CheckpointError}
         raise kinds.get(code, RuntimeError)(said.getvalue().removesuffix("\\n"))
-
-use_all = None
 """
-DIT, BIG, I2V = "wan2.1-t2v-1.3b.official", "wan2.1-t2v-14b.official", "wan2.1-i2v-14b.official"
-VAE, VAE_2_2 = "wan2.1-vae.official", "wan2.2-vae.official"
-TEXT, CLIP = "umt5-xxl-encoder.transformers", "clip-vith14-vision.transformers"
-THEIRS = "wan2.1-t2v-1.3b.diffusers"
-F8, I8 = ml_dtypes.float8_e4m3fn, np.int8
+NAMES = [c.name for c in CASES]
+# Whose folder holds no transformer, or is converted alone: there is nothing for `lvjax.load`.
+ALONE = {"more than float16 holds", "--part of something else", "--part that is not there"}
+ALONE |= {"--part that is damaged"}
 
 
-@cache
-def _drawn(name: str, seed: int) -> dict:
-    return draw(tiny(name)[0], "float32", seed)
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> tuple[dict[str, Outcome], dict, dict]:
+    """(outcomes, files before, files after)."""
+    folder, built = tmp_path_factory.mktemp("bad"), {}
+
+    def remember(c: Case) -> Case:
+        def make(place):
+            path = c.make(place)
+            built.update(listing(place))
+            return path
+
+        return c._replace(make=make)
+
+    found = outcomes(map(remember, CASES), folder, PROGRAM, blocked=("torch",))
+    return found, built, listing(folder)
 
 
-def arrays(name: str, seed: int = 0) -> dict[str, np.ndarray]:
-    """A checkpoint as `tiny` describes it."""
-    return dict(_drawn(name, seed))
+@pytest.mark.parametrize("c", CASES, ids=NAMES)
+def test_a_bad_checkpoint_is_refused(measured, c):
+    assert complaint(c, measured[0][c.name]) is None
 
 
-def saved(folder: Path, name: str, own: dict, config: dict | None = None, stem=None, how="file"):
-    """Write a part; the weights of PyTorch go to safetensors, where every type can be written."""
-    own = {key: np.ascontiguousarray(a) if np.ndim(a) else a for key, a in own.items()}
-    types = {a.dtype for a in own.values()}
-    if types & {np.dtype(F8), np.dtype(I8)}:
-        _raw(folder, own)
-    else:
-        write(own, folder, stem or usual(name)[0], how)
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps(config))
+def test_nothing_is_written(measured):
+    _, before, after = measured
+    assert {path: facts for path, facts in after.items() if path in before} == before
+    rest = {path.rsplit("/", 1)[-1] for path in after.keys() - before.keys()}
+    assert rest == {"cases", "home", *map(str, range(len(CASES)))}
 
 
-def _raw(folder: Path, own: dict) -> None:
-    from safetensors.torch import save_file
+@pytest.mark.parametrize("c", [c for c in CASES if c.name not in ALONE], ids=lambda c: c.name)
+def test_none_is_loaded_in_silence(tmp_path, c):
+    build(c, tmp_path / "case")
+    with pytest.raises(CheckpointError):
+        lvjax.load(tmp_path / "case" / "src")
 
-    codes = {np.dtype(F8): "float8_e4m3fn"}
-    import torch
 
-    def convert(a):
-        if a.dtype in codes:
-            return torch.from_numpy(a.view(np.uint8)).view(getattr(torch, codes[a.dtype]))
-        return tensor(a)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: convert(a) for key, a in own.items()}, folder / "quantised.safetensors")
+def test_the_same_folder_without_the_damage_is_converted(tmp_path):
+    build(case("whole", "", {DIT: same, VAE: same}), tmp_path / "case")
+    src, dst = tmp_path / "case" / "src", tmp_path / "dst"
+    assert main(["convert", str(src), str(dst)]) == 0
+    assert set(lvjax.load(dst).parts) == set(lvjax.load(src).parts) == {"dit", "vae"}

@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -15,10 +16,13 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionModelWithProjection, UMT5EncoderModel
 
 import lvjax
+from checkpoints_convert.export import part_config
 from checkpoints_convert.sources import find_sources
 from lvjax.cli.main import main
 from lvjax.core.errors import CheckpointError
-from lvjax.models.dit import dit, embed_context
+from lvjax.core.mesh import make_mesh, shardings
+from lvjax.core.params import flatten, unflatten
+from lvjax.models.dit import dit, dit_spec, embed_context
 from lvjax.run.encoders import encode_prompts
 from tests.checkpoints_convert.tiny_checkpoints import (
     bits,
@@ -193,6 +197,28 @@ def test_an_exported_transformer_computes_the_same(tmp_path):
         assert relative(ours, wanted) < 1e-5
 
 
+def test_orbax_puts_a_converted_part_on_a_mesh(tmp_path):
+    """Orbax alone, with the shardings that lvjax gives the parameters, over eight devices."""
+    own = draw(tiny("wan2.1-t2v-1.3b.official")[0], "mixed")
+    src = write(own, tmp_path, "x", "file")
+    assert main(["convert", str(src), str(tmp_path / "dst"), "--format", "orbax"]) == 0
+    stored = opened(tmp_path / "dst", "dit")
+    spec = dit_spec(part_config(stored)[1])
+    places = flatten(shardings(spec, make_mesh(fsdp=8)))
+    like = {
+        name: jax.ShapeDtypeStruct(slot.shape, slot.dtype, sharding=places[name])
+        for name, slot in stored.slots.items()
+    }
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = flatten(checkpointer.restore(tmp_path / "dst" / "dit", unflatten(like)))
+    assert found.keys() == stored.keys()
+    for name, array in found.items():
+        assert array.sharding == places[name] and len(array.addressable_shards) == 8
+        np.testing.assert_array_equal(np.asarray(array), stored[name])
+    q = found["blocks/self_attn/q/kernel"]
+    assert q.addressable_shards[0].data.shape == (2, 128, 16)
+
+
 # ---- folders that are not whole ---------------------------------------------------------
 
 
@@ -280,6 +306,29 @@ def test_parts_of_two_models(tmp_path, capsys):
     for word, name in (("high", "wan2.1-t2v-14b"), ("low", "wan2.2-i2v-a14b")):
         write(draw(tiny(f"{name}.official")[0]), tmp_path / "two", f"{word}_noise", "file")
     assert "not two experts of one model" in fails(capsys, tmp_path / "two", tmp_path / "no")
+
+
+def test_a_bad_part_after_a_good_one(tmp_path, capsys):
+    """What is whole stays, for the next run; it is no model yet."""
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    write(draw(tiny("wan2.1-t2v-1.3b.official")[0]), src, "dit", "file")
+    vae = draw(tiny("wan2.1-vae.official")[0])
+    good = vae["conv2.bias"].copy()
+    vae["conv2.bias"][3] = np.nan
+    write(vae, src, "vae", "pth")
+    says = fails(capsys, src, dst)
+    assert "vae.pth: array 'conv2.bias' is not finite" in says
+    assert {p.name for p in dst.iterdir()} == {"dit.safetensors", "dit.report.json"}
+    for folder in (src, dst):
+        with pytest.raises(CheckpointError):
+            lvjax.load(folder)
+    before = (dst / "dit.safetensors").stat().st_mtime_ns
+    write(vae | {"conv2.bias": good}, src, "vae", "pth")
+    assert main(["convert", str(src), str(dst)]) == 0 and set(lvjax.load(dst).parts) == {
+        "dit",
+        "vae",
+    }
+    assert (dst / "dit.safetensors").stat().st_mtime_ns == before
 
 
 def test_the_same_part_twice(tmp_path, capsys):

@@ -117,8 +117,12 @@ def translated(arrays: dict, name: str) -> dict[str, np.ndarray]:
 
 def tensor(array: np.ndarray) -> torch.Tensor:
     """The same bits for PyTorch."""
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    for own, like, theirs in (
+        (ml_dtypes.bfloat16, np.int16, torch.bfloat16),
+        (ml_dtypes.float8_e4m3fn, np.int8, torch.float8_e4m3fn),
+    ):
+        if array.dtype == own:
+            return torch.from_numpy(array.view(like)).view(theirs)
     return torch.from_numpy(array)
 
 

@@ -219,7 +219,7 @@ def test_loras_of_other_kinds(tmp_path, unread, capsys):
         return told(capsys, sparse(tmp_path / "x.safetensors", shapes, "F32"))
 
     diff = told_of({"diffusion_model.blocks.39.norm3.diff_b": (5120,), "a.b.lora_A.weight": (2, 2)})
-    assert diff["lora"].endswith("names: 1 differences") and "unknown width" in diff["model"]
+    assert diff["lora"].endswith("names: 1 difference") and "unknown width" in diff["model"]
     fits = [n for n, cfg in MODELS.items() if cfg.dim == 5120]
     assert diff["model"].endswith(f"fits {', '.join(fits)}") and "1 of them" in diff["arrays"]
     low = {"transformer_2.blocks.0.attn1.to_q.lora_A.weight": (3, 48)}
@@ -228,6 +228,8 @@ def test_loras_of_other_kinds(tmp_path, unread, capsys):
     assert "both experts" in told_of(both)["expert"]
     i2v = {"blocks.0.cross_attn.k_img.lora_down.weight": (3, 5120)}
     assert told_of(i2v)["model"].endswith("fits wan2.1-i2v-14b, wan2.1-flf2v-14b")
+    odd = {"blocks.0.ffn.0.lora_down.weight": (4, 1536), "blocks.0.ffn.0.lora_up.weight": (9, 4)}
+    assert told_of(odd)["model"].endswith("1536 wide, 1 layer or more; of no released size")
     for shapes, says in (
         ({"single_blocks.0.q.lora_A.weight": (4, 8)}, "a LoRA of something else"),
         ({"blocks.0.self_attn.q.dora_scale": (8,)}, "DoRA"),
@@ -240,7 +242,7 @@ def test_a_lora_of_a_small_model(tmp_path, capsys):
     arrays = {name: np.asarray(a) for name, a in lora_arrays().items()}
     save_file(arrays, tmp_path / "x.safetensors")
     said = told(capsys, tmp_path / "x.safetensors")
-    assert "rank 2 beside" in said["lora"] and "32 wide, 2 layers" in said["model"]
+    assert "rank 2 beside" in said["lora"] and "32 wide, 2 layers or" in said["model"]
 
 
 def test_embeddings_and_other_arrays(tmp_path, unread, capsys):
@@ -259,7 +261,7 @@ def test_a_video_its_card_and_its_state(model, tmp_path, capsys):
     interrupted(model, out, 1, *PROMPTS, "--seconds", "5", "--quiet")
     capsys.readouterr()
     said = told(capsys, f"{out}.state")
-    assert said["state"] == "1 clips, 17 frames are made"
+    assert said["state"] == "1 clip, 17 frames made"
     assert said["use"] == f"lvjax generate --resume --out {out}"
     assert main(["generate", "--resume", "--out", str(out), "--quiet"]) == 0
     capsys.readouterr()

@@ -17,6 +17,7 @@ from lvjax.core.errors import CheckpointError, DoesNotFitError, StorageError
 from lvjax.rollout.method import compile_step
 from lvjax.run import plan as plans
 from lvjax.run.bundle import load, outline, save
+from lvjax.run.machine import measured_rate
 from lvjax.run.plan import Work, make_plan, work_of
 from lvjax.run.request import Request
 from lvjax.run.session import open_session
@@ -130,17 +131,18 @@ def test_the_bank_costs_what_the_program_holds():
         clip = next(iter(session.clips(0)))
         use = compile_step(session.method, session.state(), clip).memory_analysis()
         found.append(use.argument_size_in_bytes + use.temp_size_in_bytes)
-        planned.append(make_plan(bundle, work_of(request(), bundle)).memory["memory of clips"])
+        planned.append(make_plan(bundle, work_of(request(), bundle)).device_bytes)
     assert planned[1] - planned[0] == pytest.approx(found[1] - found[0], rel=0.15)
 
 
 def test_time_follows_the_rate(pocket):
     plan = make_plan(pocket, WORK)
-    rate = plans.measured_rate("float32")
+    rate = measured_rate("float32")
     assert 1e8 < rate < 1e15
     assert plans.seconds(plan, rate) == pytest.approx(2 * plans.seconds(plan, 2 * rate))
     line = plans.describe(plan, rate)
     assert "\n" not in line and "estimate" in line and "matrix product timed now" in line
+    assert "offload none, as asked" in line and "on the host" not in line
 
 
 @pytest.mark.parametrize(
