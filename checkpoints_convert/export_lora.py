@@ -8,9 +8,8 @@ Sources: comfyanonymous/ComfyUI, comfy/lora.py; huggingface/diffusers,
 src/diffusers/loaders/lora_conversion_utils.py.
 """
 
-import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,8 @@ import numpy as np
 from checkpoints_convert.keys_dit import dit_rules
 from checkpoints_convert.keys_lora import Target, names_of
 from checkpoints_convert.rules import sources_of
-from lvjax.core.checkpoint import atomic, file_layout, raw
+from lvjax.core.checkpoint import save_arrays
+from lvjax.core.errors import CheckpointError
 from lvjax.models.config import DiTConfig
 from lvjax.models.dit import dit_spec
 from lvjax.models.lora import Delta, Lora, LowRank
@@ -33,6 +33,9 @@ def lora_arrays(lora: Lora, cfg: DiTConfig) -> dict[str, np.ndarray]:
     Products have `lora_down.weight`, `lora_up.weight` and, unless it is their rank, `alpha`;
     differences of weights and of other arrays have `diff`, those of biases `diff_b`.  Halves and
     differences keep their type, unless a difference had a factor.
+    Raises: CheckpointError for what such a file cannot hold: two products for one weight, changes
+      of something that the model does not have, or changes of only some weights, or different ones,
+      where several are one array of a checkpoint.
     """
     known = names_of(cfg).arrays
     names = sources_of(dit_rules(cfg, "official"), dit_spec(cfg))
@@ -41,28 +44,37 @@ def lora_arrays(lora: Lora, cfg: DiTConfig) -> dict[str, np.ndarray]:
     for name in names:
         for target in known[name]:
             places = [(path, target.layer) for path in target.rule.targets]
-            if all(place in low for place in places):
+            if _is_one_product([low.get(place, ()) for place in places]):
                 parts = [low.pop(place)[0] for place in places]
                 arrays |= _product(PREFIX + name.removesuffix(".weight"), parts, target)
             if all(place in deltas for place in places):
                 parts = [_sum(deltas.pop(place)) for place in places]
                 arrays[PREFIX + _ending(name)] = target.rule.layout.inverse(*parts)
+    if left := [*low, *deltas]:
+        path, layer = left[0]
+        where = path if layer is None else f"{path} (layer {layer})"
+        raise CheckpointError(
+            f"the LoRA changes {where} in a way that no LoRA file can hold ({len(left)} such "
+            "changes); give one product for each weight, or merge it into the model"
+        )
     return arrays
 
 
 def write_lora(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """A plain safetensors file, without anything of lvjax's in it.
+    """A safetensors file, with checksums as in every other that lvjax writes; nothing in it is a
+    setting of the LoRA.
 
     Raises: StorageError.
     """
-    arrays = {name: np.asarray(a, order="C") for name, a in arrays.items()}
-    layout = file_layout({name: (a.dtype, a.shape) for name, a in arrays.items()})
-    head = json.dumps({"__metadata__": {"format": "pt"}} | layout).encode()
-    head += b" " * (-len(head) % 8)
-    with atomic(path) as f:
-        f.write(len(head).to_bytes(8, "little") + head)
-        for name in layout:
-            f.write(raw(arrays[name]))
+    save_arrays(path, dict(arrays))
+
+
+def _is_one_product(found: list[Sequence[LowRank]]) -> bool:
+    """Whether there is one product for each matrix of an array, with one B and factor for all."""
+    if any(len(products) != 1 for products in found):
+        return False
+    first, *others = (product for (product,) in found)
+    return all(p.scale == first.scale and np.array_equal(p.b, first.b) for p in others)
 
 
 def _by_place(changes: Iterable[LowRank | Delta]) -> dict[tuple, list]:

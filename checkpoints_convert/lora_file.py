@@ -67,17 +67,20 @@ def read_parts(
     parts: ("dit",), or ("dit", "dit_low") for two experts.  expert: the one that all of the file is
       for, "high" or "low"; None for both.  A file with a LoRA for each gives each its own, and one
       that names only the second expert is for that one.
-    Raises: CheckpointError as `read_lora`, and when the file is for two experts and the model has
-      one; InputError for an expert that the model does not have.
+    Raises: CheckpointError as `read_lora`, and when the file names the second of two experts and
+      the model has one; InputError for an expert that the model does not have.
     """
     if expert is not None and (expert not in tuple(EXPERTS) or len(parts) == 1):
         allowed = "'high' or 'low'" if len(parts) > 1 else "none: the model has one transformer"
         raise InputError(f"the expert of a LoRA is {expert!r}; allowed is {allowed}")
     second = {name for name in file.tensors if name.startswith(SECOND)}
     both = any(name.startswith("transformer.") for name in file.tensors) and bool(second)
-    if both and len(parts) == 1:
-        what = f"{file.path} holds a LoRA for each of two experts, the model has one"
-        raise CheckpointError(f"{what}; give a LoRA of this model")
+    if second and len(parts) == 1:
+        what = "for each of two experts" if both else "for the second of two experts"
+        raise CheckpointError(
+            f"{file.path} holds a LoRA {what}, the model has one transformer; give a LoRA of this "
+            "model"
+        )
     if expert is not None:
         wanted = (EXPERTS[expert],)
     else:

@@ -23,13 +23,14 @@ from lvjax.core.errors import InputError
 from lvjax.io.image import as_image, fit_image
 from lvjax.rollout.condition import pixel_frames
 from lvjax.run import plan as plans
-from lvjax.run.bundle import Bundle, outline, typed, weight_bytes
+from lvjax.run.bundle import Bundle, outline, typed
 from lvjax.run.defaults import Defaults
 from lvjax.run.job import enlarge
 from lvjax.run.loras import filled, with_lora, with_strength, without_lora
 from lvjax.run.machine import device_memory
 from lvjax.run.request import MAX_SIDE, Request, check_size, frame_count, spread
 from lvjax.run.session import ClipResult, Session, check_settings, open_session, size_for, span
+from lvjax.run.weights import weight_bytes
 
 __all__ = [
     "Bundle",

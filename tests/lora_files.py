@@ -5,18 +5,18 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 from safetensors.numpy import save_file
 
 from checkpoints_convert.keys_dit import dit_rules
 from checkpoints_convert.rules import sources_of
 from lvjax.core.checkpoint import save_arrays
-from lvjax.core.params import flatten, init
+from lvjax.core.params import flatten
 from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.dit import dit_spec
 from lvjax.models.vae import vae_spec
 from lvjax.run.encoders import save_embeddings
+from tests.drawn import drawn
 from tests.tiny import DIT
 
 PROMPT = "a red circle moves up"
@@ -86,10 +86,9 @@ def write_two_experts(folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     kinds = {"dit": (TWO, dit_spec), "dit_low": (TWO, dit_spec), "vae": (TWO_VAE, vae_spec)}
     for i, (part, (cfg, spec)) in enumerate(kinds.items()):
-        params = flatten(init(spec(cfg), jax.random.key(i)))
+        params = flatten(drawn(spec(cfg), i))
         if part != "vae":
-            head = params["head/linear/kernel"]
-            params["head/linear/kernel"] = 0.1 * jax.random.normal(jax.random.key(9), head.shape)
+            params["head/linear/kernel"] = 0.1 * draw(9, *params["head/linear/kernel"].shape)
         meta = {"part": part, "config": dataclasses.asdict(cfg)}
         save_arrays(folder / f"{part}.safetensors", params, meta)
     defaults = {"size": [16, 16], "steps": 4, "guidance": [1.0, 1.0], "method": "wan"}

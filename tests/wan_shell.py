@@ -15,16 +15,16 @@ from checkpoints_convert.recognise import KINDS
 from lvjax.core.checkpoint import Slot, Stored
 from lvjax.core.offload import BITS
 from lvjax.core.params import flatten, unflatten
-from lvjax.methods.wan import WanClip, WanState, wan
+from lvjax.methods.wan import WanClip, WanState, _expert_alone, _finish_alone, stages
 from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.dit import Context, dit_spec
 from lvjax.models.vae import encode, vae_spec
 from lvjax.rollout.condition import MASK
-from lvjax.rollout.method import _step
 from lvjax.run import costs, open_wan
-from lvjax.run.bundle import Bundle, leaf_bytes, specs
+from lvjax.run.bundle import Bundle, specs
 from lvjax.run.presets import PRESETS, preset_of
 from lvjax.run.request import Request, resolved
+from lvjax.run.weights import leaf_bytes
 
 QUICKLY = {"xla_backend_optimization_level": 0}  # compiled; the memory is the same
 
@@ -81,8 +81,14 @@ def bytes_of(tree) -> int:
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
+def _own(program, *given) -> int:
+    """Bytes that a program allocates itself."""
+    use = program.lower(*given).compile(QUICKLY).memory_analysis()
+    return use.temp_size_in_bytes + use.output_size_in_bytes - use.alias_size_in_bytes
+
+
 def peak(bundle: Bundle, wanted: Request) -> int:
-    """Bytes of a run by XLA's account: its weights and the larger of its two programs."""
+    """Bytes of a run by XLA's account: its weights and the largest of its programs."""
     asked = resolved(bundle, wanted)
     chosen, weights = open_wan.settings(bundle, asked), params(bundle)
     batch, latents = len(asked.timelines), 1 + (asked.frames - 1) // MASK
@@ -94,14 +100,17 @@ def peak(bundle: Bundle, wanted: Request) -> int:
     )
     rows = [batch if scale is None else 2 * batch for scale in chosen.scales]
     clip = WanClip(tuple(context(bundle.dit, n) for n in rows))
-    step = wan(weights, bundle.dit, bundle.vae, chosen).step
-    use = _step.lower(step, state, clip).compile(QUICKLY).memory_analysis()
-    own = use.temp_size_in_bytes + use.output_size_in_bytes - use.alias_size_in_bytes
-    made = [bytes_of((state, clip)) + own]
+    parts = stages(bundle.dit, bundle.vae, chosen)
+    carry = jax.eval_shape(parts.begin, state)
+    made = [
+        _own(_expert_alone, part, carry, weights[name], state, own)
+        for name, part, own in zip(bundle.experts, parts.experts, clip.contexts, strict=True)
+    ]
+    made.append(_own(_finish_alone, parts.finish, state, carry, weights["vae"]))
+    made = [bytes_of((state, carry, clip)) + size for size in made]
     if encoded := open_wan.work(bundle, asked)["encoded"]:
         frames = 1 + (encoded - 1) * MASK
         video = jax.ShapeDtypeStruct((batch, frames, *asked.size, 3), jnp.float32)
-        program = jax.jit(encode, static_argnums=2).lower(weights["vae"], video, bundle.vae)
-        use = program.compile(QUICKLY).memory_analysis()
-        made.append(bytes_of(video) + use.temp_size_in_bytes + use.output_size_in_bytes)
+        code = jax.jit(encode, static_argnums=2)
+        made.append(bytes_of(video) + _own(code, weights["vae"], video, bundle.vae))
     return bytes_of(weights) + max(made)

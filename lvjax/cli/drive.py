@@ -5,6 +5,7 @@ Owns: what these commands print, and the exit code of a run that a signal ended.
 plan's arithmetic (run/plan.py), making and saving clips (run/job.py).
 """
 
+import argparse
 import dataclasses
 import os
 import resource
@@ -16,19 +17,29 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lvjax.core.errors import InputError, one_line
+from lvjax.core.errors import CheckpointError, InputError, one_line
 from lvjax.core.signals import stoppable
 from lvjax.models.pocket_text import PocketTextConfig
 from lvjax.run import card as cards
 from lvjax.run import job
 from lvjax.run import plan as plans
 from lvjax.run.bundle import Bundle
-from lvjax.run.encoders import encode_prompts, load_embeddings
+from lvjax.run.encoders import encode_prompts, load_embeddings, notices, rows_hash
 from lvjax.run.job import Progress
 from lvjax.run.loras import filled
 from lvjax.run.machine import measured_rate
 from lvjax.run.request import MAX_SIDE, Request
 from lvjax.run.session import texts_of
+
+
+def add_offload(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--offload",
+        choices=plans.OFFLOADS,
+        default="auto",
+        help="where a transformer's weights wait: none is on the device; in the host's memory, "
+        "from where layers come one by one, or an expert for its steps; auto is where they fit",
+    )
 
 
 def check_start(output: Path, rows: int) -> None:
@@ -104,12 +115,32 @@ def note(text: str) -> None:
     print(f"note: {one_line(text)}", file=sys.stderr)
 
 
-def note_differences(card: dict, options: dict, bundle: Bundle) -> dict:
-    """Say what is not as it was when a card was written; returns the card as it would be now."""
-    now = cards.make_card(options, weights=bundle.hashes, inputs=card["inputs"])
+def card_now(card: dict, options: dict, bundle: Bundle, request: Request) -> dict:
+    """A card as it would be now, with these options and what was read for them."""
+    inputs = card["inputs"] | read_hashes(bundle, request, options.get("embeddings"))
+    weights = file_hashes(bundle, card) if job.is_older(card["options"]) else bundle.hashes
+    return cards.make_card(options, weights=weights, inputs=inputs)
+
+
+def file_hashes(bundle: Bundle, card: dict) -> dict[str, str]:
+    """The hashes of a bundle as older cards have them: of whole files.  The one of the sizes cannot
+    be made any more, but weights of other sizes would not have been read.
+    """
+    files = {part: cards.file_hash(bundle.parts[part].path) for part in bundle.params}
+    return {k: v for k, v in card["weights"].items() if k == "model"} | files
+
+
+def read_hashes(bundle: Bundle, request: Request, embeddings: str | None) -> dict[str, str]:
+    """The inputs of a card that are read with the model: the prompts, and a file of embeddings."""
+    prompts = rows_hash(bundle, texts_of(bundle, request))
+    found = {"embeddings": None if embeddings is None else cards.file_hash(embeddings)}
+    return {k: v for k, v in (found | {"prompts": prompts}).items() if v is not None}
+
+
+def note_differences(card: dict, now: dict) -> None:
+    """Say what is not as it was when a card was written."""
     for line in cards.differences(card, now):
         note(f"{line}; the video may differ")
-    return now
 
 
 def load_model(sizes: Bundle, request: Request, embeddings: str | None) -> Bundle:
@@ -117,12 +148,21 @@ def load_model(sizes: Bundle, request: Request, embeddings: str | None) -> Bundl
 
     Prompts pass through a large text encoder before the weights are read, so that the two are never
     in memory together.  embeddings: a file of prompts that were read before.
+    Raises: CheckpointError, InputError as `load_embeddings` and `encode_prompts`.
     """
-    known = {} if embeddings is None else load_embeddings(embeddings, sizes.dit.text_dim)
+    known = {} if embeddings is None else _embeddings(sizes, embeddings)
     if not isinstance(sizes.text, PocketTextConfig):
         missing = [text for text in texts_of(sizes, request) if text not in known]
         known |= encode_prompts(sizes, missing) if missing else {}
+        for notice in notices(sizes, missing):
+            note(notice)
     return dataclasses.replace(filled(sizes), embeddings=known)
+
+
+def _embeddings(sizes: Bundle, path: str) -> dict:
+    if not Path(path).is_file():
+        raise CheckpointError(f"no such file: {path}; say with --embeddings where it is now")
+    return load_embeddings(path, sizes.dit.text_dim, sizes.parts.get("text"))
 
 
 def finish(bundle: Bundle, output: Path, quiet: bool) -> int:

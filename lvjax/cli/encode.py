@@ -2,8 +2,8 @@
 """`lvjax encode`: prompts read once, for machines that have no text encoder.
 
 In FOLDER the text encoder and its tokenizer suffice.  The file holds the prompts, the negative
-prompts that Wan's models have by default, and --negative-prompt; it serves every model whose
-prompts are as wide, which is every released Wan: `lvjax generate --embeddings FILE`.
+prompts that Wan's models have by default, and --negative-prompt; it serves every model of the same
+text encoder, which is every released Wan: `lvjax generate --embeddings FILE`.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from lvjax.cli.drive import note
-from lvjax.cli.generate import read_lines
+from lvjax.cli.request import read_lines
 from lvjax.core.checkpoint import load_meta
 from lvjax.core.compat import enable_compilation_cache
 from lvjax.core.errors import CheckpointError, InputError
@@ -48,7 +48,7 @@ def run(args) -> int:
             note(notice)
         rows = encode_prompts(model, texts)
         _check_output(output, args.overwrite)
-        save_embeddings(output, rows, model.name)
+        save_embeddings(output, rows, model.name, model.parts["text"])
     tokens = [str(len(rows[text])) for text in prompts]
     shown = ", ".join(tokens[:SHOWN]) + ", ..." * (len(tokens) > SHOWN)
     print(

@@ -3,29 +3,23 @@
 
 import argparse
 import dataclasses
-import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lvjax.cli import config as configs
 from lvjax.cli import drive
+from lvjax.cli.request import ALTERNATIVES, SECONDS, make_request
 from lvjax.core.compat import enable_compilation_cache
 from lvjax.core.errors import CheckpointError, InputError
-from lvjax.io.image import fit_image, read_image
-from lvjax.io.video import read_video
 from lvjax.methods import METHODS
 from lvjax.run import card as cards
 from lvjax.run import job, lock, loras
-from lvjax.run import plan as plans
 from lvjax.run.adapters import parse
-from lvjax.run.bundle import Bundle, outline
-from lvjax.run.defaults import Defaults
+from lvjax.run.bundle import Bundle, outline, typed
 from lvjax.run.presets import SIZES
-from lvjax.run.request import Request, check_frames, check_size, frame_count, spread
-from lvjax.run.session import check_settings, size_for, span
+from lvjax.run.request import Request
+from lvjax.run.session import check_settings
 
 TEXT, WHOLE, NUMBER = (str, "text"), (int, "a whole number"), (int | float, "a number")
 OPTIONS: dict[str, tuple[Any, str]] = {
@@ -55,12 +49,11 @@ OPTIONS: dict[str, tuple[Any, str]] = {
 LISTS = ("prompt", "lora")
 """Settings of which there may be several."""
 
-INPUTS = ("image", "last_image", "video", "embeddings")
+INPUTS = ("image", "last_image", "video")
 """Settings that are files, whose hashes the card holds."""
 
-ALTERNATIVES = (("prompt", "timeline", "prompt_file"), ("seconds", "frames"), ("image", "video"))
-SECONDS = 5.0
-MAX_VIDEOS = 100_000  # of one run
+PLACES = ("model", "lora", "merge_lora", "embeddings")
+"""Settings that say where files are; they may have moved when a run is resumed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,13 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     merge = "add the LoRAs to the weights instead, which takes no time per step"
     add("--merge-lora", action="store_const", const=True, help=merge)
-    add(
-        "--offload",
-        choices=plans.OFFLOADS,
-        default="auto",
-        help="where a transformer's weights wait: none is on the device; in the host's memory, "
-        "from where layers come one by one, or an expert for its steps; auto is where they fit",
-    )
+    drive.add_offload(parser)
     add("--config", help="a config file or name with any of these settings")
     add(
         "--set",
@@ -152,6 +139,7 @@ def _start(args, options: dict, output: Path) -> int:
             drive.note(notice)
         bundle = drive.load_model(sizes, request, options["embeddings"])
         card = _card(request, bundle, model, options)
+        card["inputs"] |= drive.read_hashes(bundle, request, options["embeddings"])
         for notice in job.start(bundle, request, output, card):
             drive.note(notice)
         return drive.finish(bundle, output, args.quiet)
@@ -160,8 +148,8 @@ def _start(args, options: dict, output: Path) -> int:
 def _resume(args, options: dict, output: Path) -> int | None:
     """Go on with the unfinished run of `output`; None when nothing was begun there.
 
-    Settings beside --resume must be those of the run, all of them; --model alone says where its
-    weights are now.
+    Settings beside --resume must be those of the run, all of them; --model, --lora and --embeddings
+    alone say where its files are now.
     Raises: InputError when settings differ or, unless the run is complete, weights.
     """
     with ExitStack() as held:
@@ -194,14 +182,30 @@ def _resume(args, options: dict, output: Path) -> int | None:
         cards.check_place(output)
         at = job.position(output)[0]
         sizes = drive.announce(sizes, request, output, args.quiet, at, args.offload)
-        bundle = drive.load_model(sizes, request, options["embeddings"])
-        if card["weights"] != bundle.hashes:
-            raise InputError(
-                f"the run was begun with other weights than those of {model}; give the folder that "
-                "has them with --model, or start again with --overwrite"
-            )
-        drive.note_differences(card, card["options"], bundle)
+        embeddings = options["embeddings"] or job.embeddings_of(card["options"])
+        bundle = drive.load_model(sizes, request, embeddings)
+        now = card["options"] | {"embeddings": embeddings}
+        _check_read(card, drive.card_now(card, now, bundle, request), model)
         return drive.finish(bundle, output, args.quiet)
+
+
+def _check_read(card: dict, now: dict, model: str) -> None:
+    """Say what is not as it was when a run was begun.
+
+    Raises: InputError when its weights or the rows of its prompts are others.
+    """
+    if cards.other_weights(card, now):
+        raise InputError(
+            f"the run was begun with other weights than those of {model}; give the folder that has "
+            "them with --model, or start again with --overwrite"
+        )
+    from_files = "embeddings" in card["inputs"] and now["options"]["embeddings"] is not None
+    if cards.other_prompts(card, now) and (from_files or card["versions"] == now["versions"]):
+        raise InputError(
+            "the run was begun with other rows of its prompts; give its --embeddings, or the model "
+            "with its text encoder, or start again with --overwrite"
+        )
+    drive.note_differences(card, now)
 
 
 def _check_saved(sizes: Bundle, request: Request, output: Path) -> None:
@@ -227,22 +231,19 @@ def _outline(model: str, options: dict) -> Bundle:
     """A model without weights, with the LoRAs and defaults that the settings ask for."""
     asked = [parse(text) for text in options["lora"] or ()]
     found = loras.with_lora(outline(model), asked, options["merge_lora"] or False)
-    return dataclasses.replace(found, defaults=options["defaults"](found.defaults))
+    return typed(dataclasses.replace(found, defaults=options["defaults"](found.defaults)), None)
 
 
 def _given(args) -> bool:
-    """Whether any setting of the video is on the command line; model and LoRAs alone say where the
-    files are now.
-    """
-    places = ("model", "lora", "merge_lora")
-    settings = (getattr(args, k) for k in (*OPTIONS, "config") if k not in places)
+    """Whether any setting of the video is on the command line; `PLACES` are none."""
+    settings = (getattr(args, k) for k in (*OPTIONS, "config") if k not in PLACES)
     return bool(args.set) or any(v is not None for v in settings)
 
 
 def _card(request: Request, bundle: Bundle, model: str, options: dict) -> dict:
     """The card of a run with these settings; without weights for an outline."""
     inputs = {k: cards.file_hash(options[k]) for k in INPUTS if options[k] is not None}
-    settings = job.options_of(request, bundle, model)
+    settings = job.options_of(request, bundle, model, options["video"], options["embeddings"])
     return cards.make_card(settings, weights=bundle.hashes, inputs=inputs)
 
 
@@ -287,131 +288,3 @@ def _options(args) -> dict:
     changes = [c.removeprefix("defaults.") for c in args.set if c.startswith("defaults.")]
     options["defaults"] = lambda d: configs.changed(d, dict(loaded.get("defaults") or {}), changes)
     return options
-
-
-def make_request(bundle: Bundle, options: dict) -> tuple[Request, list[str]]:
-    """A checked request from the settings; and notices about the inputs."""
-    d: Defaults = bundle.defaults
-    if options.get("seconds") is not None and options.get("frames") is not None:
-        raise InputError("both --seconds and --frames are given; give one of them")
-    if options.get("image") is not None and options.get("video") is not None:
-        raise InputError("both --image and --video are given; give one of them")
-    frames = (
-        options["frames"]
-        if options.get("frames") is not None
-        else frame_count(SECONDS if options.get("seconds") is None else options["seconds"], d.fps)
-    )
-    size = None if options.get("size") is None else check_size(_size(options["size"]), bundle)
-    count = 1 if options.get("num_videos") is None else options["num_videos"]
-    if count < 1:
-        raise InputError(f"--num-videos is {count}; give 1 or more")
-    timelines = _timelines(options, check_frames(frames), d.fps)
-    if count * len(timelines) > MAX_VIDEOS:
-        raise InputError(
-            f"{len(timelines)} prompts with --num-videos {count} are more than {MAX_VIDEOS} "
-            "videos; make them in several runs"
-        )
-    rows = [t for t in timelines for _ in range(count)]
-    request = Request(
-        tuple(rows),
-        frames,
-        negative=options.get("negative_prompt"),
-        size=size,
-        steps=options.get("steps"),
-        guidance=_guidance(options.get("guidance")),
-        seed=options.get("seed") or 0,
-        method=options.get("method"),
-        strength=options.get("strength"),
-    )
-    image, notices = None, []
-    if options.get("image") is not None:
-        image, notices = read_image(options["image"])
-    if size is None:
-        size = d.size if image is None else size_for(bundle, request, image.shape[:2])
-    start = None if image is None else fit_image(image, size)[None]
-    if options.get("video") is not None:
-        start = _video_frames(options["video"], size, d.fps, *span(bundle, request))
-    last = None
-    if options.get("last_image") is not None:
-        image, more = read_image(options["last_image"])
-        last, notices = fit_image(image, size), list(dict.fromkeys([*notices, *more]))
-    request = dataclasses.replace(request, size=size, start=start, last=last)
-    check_settings(bundle, request)
-    return request, notices
-
-
-def _size(text: str) -> tuple[int, int]:
-    """ "WxH", or a name, -> (height, width)."""
-    if text in SIZES:
-        return SIZES[text]
-    found = re.fullmatch(r"(\d{1,6})[x×](\d{1,6})", str(text).strip())
-    if not found:
-        raise InputError(
-            f"--size is {text!r}; write WIDTHxHEIGHT, for example 64x64, or one of "
-            f"{', '.join(SIZES)}"
-        )
-    return int(found[2]), int(found[1])
-
-
-def _guidance(given):
-    """A number, or two for (low noise, high noise)."""
-    parts = str(given).split(",") if not isinstance(given, (list, tuple)) else given
-    if given is None:
-        return None
-    try:
-        scales = tuple(float(part) for part in parts)
-    except (TypeError, ValueError):
-        scales = ()
-    if len(scales) not in (1, 2):
-        raise InputError(f"--guidance is {given!r}; give a number, or LOW,HIGH for two experts")
-    return scales[0] if len(scales) == 1 else scales
-
-
-def _video_frames(path, size: tuple[int, int], fps: int, end: str, most: int) -> np.ndarray:
-    """The "first" or "last" so many frames of a video, in [-1, 1] and of 8 bits, as the card holds
-    them.
-    """
-    which = {"last": "max_frames", "first": "first"}[end]
-    video, _ = read_video(path, fps=fps, **{which: most})
-    return np.stack([fit_image(frame, size) for frame in video])
-
-
-def _timelines(options: dict, frames: int, fps: int) -> list:
-    """One timeline per prompt of a batch, or the one of --prompt / --timeline."""
-    given = [k for k in ALTERNATIVES[0] if options.get(k) is not None]
-    if len(given) != 1:
-        names = " and ".join(f"--{k.replace('_', '-')}" for k in given) or "no prompt"
-        raise InputError(f"{names} given; give one of --prompt, --timeline, --prompt-file")
-    if given == ["prompt"]:
-        return [spread(list(options["prompt"]), frames, fps)]
-    lines = read_lines(options[given[0]])
-    if given == ["prompt_file"]:
-        return [spread([x], frames, fps) for x in lines]
-    return [tuple(_moment(x, options["timeline"]) for x in lines)]
-
-
-def _moment(line: str, source) -> tuple[float, str]:
-    found = re.fullmatch(r"(?:(\d{1,6}):)?(\d{1,9}(?:\.\d{1,9})?)s?(?::(?!\d)|[,\s])\s*(.+)", line)
-    if not found or (found[1] and float(found[2]) >= 60):
-        raise InputError(
-            f"{source}: {line!r} is not a time and a prompt; write for example: 3.5 the camera "
-            "pans left, or 1:30 the camera pans left"
-        )
-    return 60 * int(found[1] or 0) + float(found[2]), found[3]
-
-
-def read_lines(path) -> list[str]:
-    """The lines of a file of prompts; empty ones and comments (# ...) are left out.
-
-    Raises: InputError when it cannot be read or holds none.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(
-            f"cannot read {path} ({e.strerror if isinstance(e, OSError) else 'not UTF-8 text'})"
-        ) from e
-    lines = [line.strip() for line in text.splitlines()]
-    if not (lines := [line for line in lines if line and not line.startswith("#")]):
-        raise InputError(f"{path} holds no prompt; write one per line")
-    return lines

@@ -9,18 +9,21 @@ the plan says before anything starts.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 from lvjax.cli import drive
+from lvjax.cli.request import video_frames
 from lvjax.core.compat import enable_compilation_cache
-from lvjax.core.errors import CheckpointError, LvjaxError
+from lvjax.core.errors import CheckpointError, InputError, LvjaxError
 from lvjax.io.video import FragmentedWriter, read_card
 from lvjax.run import card as cards
 from lvjax.run import job, lock, loras
 from lvjax.run import plan as plans
 from lvjax.run.adapters import for_card
 from lvjax.run.bundle import Bundle, outline
+from lvjax.run.pictures import as_bits
 from lvjax.run.request import Request
 from lvjax.run.session import check_settings, open_session
 from lvjax.run.state import chain
@@ -38,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="where a LoRA of the run is now; found by its content (default: as in the card)",
     )
+    add(
+        "--embeddings",
+        metavar="FILE",
+        help="where the prompts that `lvjax encode` read are now (default: as in the card)",
+    )
+    drive.add_offload(parser)
     add("--overwrite", action="store_true", help="replace a video that is already there")
     add("--quiet", action="store_true", help="no plan and no progress")
 
@@ -50,6 +59,7 @@ def run(args) -> int:
     model = cards.model_place(card["options"].get("model") if args.model is None else args.model)
     sizes, request = _resolve(card, row, model, source)
     sizes = loras.with_card(sizes, card["options"], args.lora)
+    request = _with_video(sizes, request, card["options"])
     video = source.with_suffix("") if source.suffix == ".json" else source
     output = Path(args.out) if args.out else video.with_name(f"{video.stem}-replay.mp4")
     batch = len(request.timelines)
@@ -58,10 +68,13 @@ def run(args) -> int:
     drive.check_start(output, rows)
     with lock.hold({output, *job.outputs(output, rows)}):
         drive.check_output(output, rows, args.overwrite)
-        drive.announce(sizes, request, output, args.quiet)
-        bundle = drive.load_model(sizes, request, None)
-        options = card["options"] | {"model": model} | for_card(bundle.loras, bundle.merged)
-        now = drive.note_differences(card, options, bundle)
+        sizes = drive.announce(sizes, request, output, args.quiet, offload=args.offload)
+        options = card["options"] | {"model": model} | for_card(sizes.loras, sizes.merged)
+        if args.embeddings is not None:
+            options["embeddings"] = str(Path(args.embeddings).resolve())
+        bundle = drive.load_model(sizes, request, job.embeddings_of(options))
+        now = drive.card_now(card, options, bundle, request)
+        drive.note_differences(card, now)
         if alone:
             return _one_of_batch(bundle, request, row, output, now, args.quiet)
         for notice in job.start(bundle, request, output, now):
@@ -86,6 +99,22 @@ def _resolve(card: dict, row, model: str, source) -> tuple[Bundle, Request]:
         why = f"it has no {e}" if isinstance(e, KeyError) else e
         raise CheckpointError(f"the run card of {source} cannot be followed: {why}") from e
     return sizes, request
+
+
+def _with_video(sizes: Bundle, request: Request, options: dict) -> Request:
+    """The request with the frames of the video that its card only names, if it does.
+
+    Raises: CheckpointError when that is gone, or has changed.
+    """
+    path = job.named_video(options)
+    if path is None:
+        return request
+    plain = dataclasses.replace(request, start=None)
+    try:
+        frames = video_frames(sizes, plain, path, request.size)
+    except InputError as e:
+        raise CheckpointError(f"the video that this one was made of cannot be read: {e}") from e
+    return job.with_start(request, options, as_bits(frames), path)
 
 
 def _one_of_batch(

@@ -85,6 +85,8 @@ def file_layout(kinds: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> dict[str,
 def file_header(layout: dict[str, dict], meta: dict, crc: dict[str, int]) -> bytes:
     """The first bytes of a file.  Their number depends on the layout and the meta alone, so that
     the checksums can be filled in when the arrays are written.
+
+    Raises: StorageError when they are more than can be read back.
     """
     text = json.dumps(meta, sort_keys=True)
     # "pt" is what other programs ask for before they read a file
@@ -92,6 +94,11 @@ def file_header(layout: dict[str, dict], meta: dict, crc: dict[str, int]) -> byt
     head["crc32"] = json.dumps({name: f"{crc[name]:08x}" for name in layout})
     body = json.dumps({"__metadata__": head} | layout, separators=(",", ":")).encode()
     body += b" " * (-len(body) % 8)
+    if len(body) > HEADER_MAX:  # nobody could read it back
+        raise StorageError(
+            f"what is saved beside the arrays of a file has {len(body)} bytes, allowed are "
+            f"{HEADER_MAX}; give fewer or smaller inputs"
+        )
     assert body.count(HOLE.encode()) == 1
     own = HOLE.replace("0" * 8, f"{zlib.crc32(body):08x}")
     return len(body).to_bytes(8, "little") + body.replace(HOLE.encode(), own.encode())
@@ -104,8 +111,9 @@ def save_arrays(path, arrays: dict[str, np.ndarray], meta: dict | None = None) -
     arrays = {k: np.asarray(v, order="C") for k, v in arrays.items()}
     layout = file_layout({k: (a.dtype, a.shape) for k, a in arrays.items()})
     crc = {k: checksum(a) for k, a in arrays.items()}
+    head = file_header(layout, meta or {}, crc)
     with atomic(path) as f:
-        f.write(file_header(layout, meta or {}, crc))
+        f.write(head)
         for name in layout:
             f.write(raw(arrays[name]))
 

@@ -35,8 +35,8 @@ def wait(array):
 
 
 def as_bits(tree):
-    """Arrays of bfloat16 as the integers of their bits, where XLA would widen them; a copy neither
-    of them nor of the others.
+    """Arrays of bfloat16 as the integers of their bits, where XLA would widen them; in the same
+    memory, without a copy.
 
     XLA on the CPU slices bfloat16 as float32 in the jax versions named by `SLICES_WIDEN`, and then
     converts a whole stack ahead of the loop that reads it: weights cost three times their size.
@@ -45,7 +45,8 @@ def as_bits(tree):
         return tree
 
     def view(a):
-        return jax.device_put(np.asarray(a).view(BITS)) if a.dtype == jnp.bfloat16 else a
+        narrow = a.dtype == jnp.bfloat16
+        return jax.device_put(np.asarray(a).view(BITS), a.sharding) if narrow else a
 
     return jax.tree.map(view, tree)
 

@@ -39,8 +39,8 @@ from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.dit import dit_spec
 from lvjax.models.pocket_text import PocketTextConfig, text_spec
 from lvjax.models.vae import vae_spec
-from lvjax.run.bundle import save
 from lvjax.run.defaults import Defaults
+from lvjax.run.weights import save
 from lvjax.train.loop import TrainOptions
 
 GPU_BATCH = 8

@@ -25,10 +25,11 @@ from lvjax.data.judge import camera_of, colour_of, object_direction
 from lvjax.data.prompts import DIRECTIONS, Action
 from lvjax.data.world import SIZE, Video, combinations
 from lvjax.models.vae import decode, encode
-from lvjax.run.bundle import Bundle, load, specs
+from lvjax.run.bundle import Bundle, specs
 from lvjax.run.card import versions
 from lvjax.run.request import Request
 from lvjax.run.session import open_session, to_uint8
+from lvjax.run.weights import load
 
 CLIP = 17
 BATCH = 20

@@ -33,7 +33,8 @@ from lvjax.models.config import VAEConfig
 from lvjax.models.dit import dit_spec
 from lvjax.models.pocket_text import text_spec
 from lvjax.models.vae import encode_moments, normalise, vae_spec
-from lvjax.run.bundle import Bundle, load, save
+from lvjax.run.bundle import Bundle
+from lvjax.run.weights import load, save
 from lvjax.train.autoencoder import autoencoder_loss, inflate
 from lvjax.train.extension import extension_loss, local_start
 from lvjax.train.loop import (

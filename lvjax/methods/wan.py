@@ -146,11 +146,12 @@ def wan(
 def staged(
     weights, dit_cfg: DiTConfig, vae_cfg: VAEConfig, settings: WanSettings, ready: Callable
 ) -> Callable:
-    """The step of `wan` as a program for each part, so that the weights of one expert at a time are
-    on the device.
+    """The step of `wan` as a program for each part, so that no more than the weights of one expert
+    need be on the device.  It differs from the one program by rounding, where XLA simplifies
+    across parts.
 
     weights, and the step's arguments and results: as in `wan`; a state is donated.
-    ready: weights of an expert, wherever they are -> the same on the device; called before its
+    ready: weights of an expert, wherever they are -> those to compute with; called before its
     steps, unless it has none, and not held after them.  The sampler's carry stays on the device.
     Raises: InputError as `wan`.
     """

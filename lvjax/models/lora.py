@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank adapters beside a parameter tree, or merged into it.
 
-Owns: what a LoRA is once it is read (`Lora`), and the three things done with it: `attach`, `detach`
-and `merge`.  Base parameters are never changed: what is not touched is the same array in the new
-tree, what is touched is a copy, and taking a LoRA off means using the base tree again.
+Owns: what a LoRA is once it is read (`Lora`), the three things done with it (`attach`, `detach` and
+`merge`), and new ones, to be trained (`lora_spec`, `within`, `adapters`, `as_lora`).
+Base parameters are never changed: what is not touched is the same array in the new tree, what is
+touched is a copy, and taking a LoRA off means using the base tree again.  All stays in the memory
+where it is: what is added to weights that wait in the host's (core/offload.py) waits there too.
 Does not own: files and their names (checkpoints_convert/lora.py), the product (nn/linear.py).
 Source: arXiv:2106.09685, section 4.1.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -20,7 +22,8 @@ import numpy as np
 from jax import lax
 
 from lvjax.core.errors import InputError
-from lvjax.core.params import flatten, unflatten
+from lvjax.core.offload import fetch, is_ready, wait
+from lvjax.core.params import Param, Spec, flatten, unflatten
 
 
 class LowRank(NamedTuple):
@@ -85,7 +88,7 @@ def attach(params: dict, loras: Loras) -> dict:
       strengths that are no finite numbers.
     """
     flat = flatten(params)
-    if any("lora" in path.split("/") for path in flat):
+    if any(map(_is_beside, flat)):
         raise InputError("these parameters carry adapters; attach all of them at once, to the base")
     beside = _by_leaf(flat, loras, lambda lora: lora.low_rank)
     added = _by_leaf(flat, loras, lambda lora: lora.deltas)
@@ -109,8 +112,100 @@ def merge(params: dict, loras: Loras) -> dict:
 
 
 def detach(params: dict) -> dict:
-    """The parameters without the adapters beside them; all other leaves are the same arrays."""
-    return unflatten({k: a for k, a in flatten(params).items() if "lora" not in k.split("/")})
+    """The parameters (or a spec) without the adapters beside them; other leaves are the same."""
+    return unflatten({k: a for k, a in flatten(params).items() if not _is_beside(k)})
+
+
+def adapters(params: dict) -> dict:
+    """What `detach` leaves out of parameters, or of a spec; a and b are for training, scale is a
+    constant.  {} where there are none.
+    """
+    return unflatten({k: a for k, a in flatten(params).items() if _is_beside(k)})
+
+
+def _is_beside(path: str) -> bool:
+    return "lora" in path.split("/")
+
+
+# ---- new ones ----------------------------------------------------------------------
+
+
+def lora_spec(spec: Spec, targets: Iterable[str], rank: int) -> Spec:
+    """A spec with new adapters beside some of its linears, as `attach` lays them out.
+
+    targets: paths of linears, "blocks/self_attn/q".
+    All are float32: a [layers, in, rank] normal with variance 1 / in, b zeros, so that untrained
+    they change nothing, and scale ones.
+    Raises: InputError for a target that is no linear of this spec, or has an adapter; for a rank
+      that is no whole number from 1 to the smaller side of every kernel.
+    """
+    flat, new = flatten(spec), {}
+    for target in targets:
+        kernel, at = flat.get(f"{target}/kernel"), f"{target}/lora"
+        if kernel is None or f"{at}/a" in flat:
+            free = [k.removesuffix("/kernel") for k in flat if k.endswith("/kernel")]
+            free = [k for k in free if f"{k}/lora/a" not in flat]
+            raise InputError(f"{target!r} takes no adapter; give some of {', '.join(free)}")
+        *lead, n_in, n_out = kernel.shape
+        if type(rank) is not int or not 1 <= rank <= min(n_in, n_out):
+            most = f"a whole number from 1 to {min(n_in, n_out)} for {target}"
+            raise InputError(f"the rank of adapters is {rank!r}; give {most}")
+        *outer, left, right = kernel.axes
+        new[f"{at}/a"] = Param((*lead, n_in, rank), (*outer, left, None), "fan_in")
+        new[f"{at}/b"] = Param((*lead, rank, n_out), (*outer, None, right), "zeros")
+        new[f"{at}/scale"] = Param((*lead, rank), (*outer, None), "ones")
+    return unflatten(flat | new)
+
+
+def within(params: dict, layers: range) -> dict:
+    """The parameters with the adapters of stacked kernels in these layers only: in all others their
+    scale is 0, so that they change nothing and get no gradient.
+
+    Raises: InputError for layers that are not there.
+    """
+    new = {}
+    for path, scale in flatten(adapters(params)).items():
+        if path.endswith("/scale") and scale.ndim == 2:
+            count = scale.shape[0]
+            if not layers or not set(layers) <= set(range(count)):
+                raise InputError(f"the layers are {layers}; give some of {range(count)}")
+            inside = np.isin(np.arange(count), layers)[:, None]
+            new[path] = scale * inside.astype(scale.dtype)
+    return unflatten(flatten(params) | new)
+
+
+def as_lora(params: dict) -> Lora:
+    """The adapters beside parameters as one LoRA, to be written or attached to others.
+
+    Of every layer one product, without those columns whose scale is 0; where columns have several
+    scales these are multiplied into b, in float32.
+    Raises: InputError where there are none that change anything.
+    """
+    flat, found = flatten(adapters(params)), []
+    for path in (k.removesuffix("/a") for k in flat if k.endswith("/a")):
+        kernel = f"{path.removesuffix('/lora')}/kernel"
+        a, b, scale = (np.asarray(flat[f"{path}/{name}"]) for name in ("a", "b", "scale"))
+        if a.ndim == 2:
+            found += _as_product(kernel, None, a, b, scale)
+        else:
+            for layer, parts in enumerate(zip(a, b, scale, strict=True)):
+                found += _as_product(kernel, layer, *parts)
+    if not found:
+        raise InputError("these parameters carry no adapter that changes anything; attach one")
+    return Lora(tuple(found), (), ())
+
+
+def _as_product(path: str, layer: int | None, a, b, scale) -> list[LowRank]:
+    """The adapter of one layer; none where it is off."""
+    if not (used := scale != 0).any():
+        return []
+    a, b, scale = a[:, used], b[used], scale[used]
+    if (scale == scale[0]).all():
+        return [LowRank(path, layer, a, b, float(scale[0]))]
+    return [LowRank(path, layer, a, scale[:, None] * b.astype(np.float32), 1.0)]
+
+
+# ---- sums --------------------------------------------------------------------------
 
 
 def _by_leaf(flat: dict, loras: Loras, choose: Callable) -> dict[str, Changes]:
@@ -150,7 +245,9 @@ def _rank(changes: Changes) -> int:
 
 
 def _stacked(kernel, changes: Changes) -> dict:
-    """{"a", "b", "scale"} of a kernel, with a leading axis where the kernel has one."""
+    """{"a", "b", "scale"} of a kernel, with a leading axis where the kernel has one, in the memory
+    where the kernel is.
+    """
     rank = _rank(changes)
     if None in changes:
         packed = _packed(changes[None], rank, kernel, kernel.dtype)
@@ -158,7 +255,8 @@ def _stacked(kernel, changes: Changes) -> dict:
         layers = range(kernel.shape[0])
         each = [_packed(changes.get(i, []), rank, kernel, kernel.dtype) for i in layers]
         packed = jax.tree.map(lambda *arrays: np.stack(arrays), *each)
-    return jax.tree.map(jnp.asarray, packed)
+    packed = jax.tree.map(jnp.asarray, packed)
+    return packed if is_ready(kernel) else jax.tree.map(wait, packed)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -179,9 +277,12 @@ def _added(leaf, layer, delta, adapters):
 
 
 def _add(leaf, changes: Changes):
-    """A copy of the leaf with all changes in it, layer by layer."""
+    """A copy of the leaf with all changes in it, layer by layer, in the memory where the leaf is;
+    added up on the device.
+    """
     low_rank = {i: [c for c in cs if isinstance(c[0], LowRank)] for i, cs in changes.items()}
-    rank, leaf = _rank(low_rank), jnp.array(leaf, copy=True)
+    rank, waits = _rank(low_rank), not is_ready(leaf)
+    leaf = fetch(leaf) if waits else jnp.array(leaf, copy=True)
     for layer, parts in changes.items():
         delta = adapters = None
         for change, strength in parts:
@@ -191,4 +292,4 @@ def _add(leaf, changes: Changes):
         if rank:
             adapters = _packed(low_rank[layer], rank, leaf, np.float32)
         leaf = _added(leaf, layer, delta, adapters)
-    return leaf
+    return wait(leaf) if waits else leaf

@@ -10,27 +10,18 @@ needed, layer by layer (encoders.py).
 """
 
 import dataclasses
-import hashlib
 import json
-import math
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from checkpoints_convert.foreign import open_foreign
-from lvjax.core.checkpoint import Stored, raw, save_arrays, write_atomic
+from lvjax.core.checkpoint import Stored, write_atomic
 from lvjax.core.errors import CheckpointError, InputError
-from lvjax.core.offload import wait
-from lvjax.core.params import abstract, flatten, unflatten
 from lvjax.core.streaming import TARGETS, open_stored
 from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.dit import dit_spec
@@ -38,7 +29,7 @@ from lvjax.models.image_encoder import ImageEncoderConfig
 from lvjax.models.pocket_text import PocketTextConfig, text_spec
 from lvjax.models.umt5 import UMT5Config
 from lvjax.models.vae import vae_spec
-from lvjax.run.adapters import Adapter, beside_bytes, by_part, merged_bytes
+from lvjax.run.adapters import Adapter
 from lvjax.run.defaults import Defaults
 from lvjax.run.presets import PRESETS, preset_of
 
@@ -51,7 +42,6 @@ CONFIGS = {
     "image": ImageEncoderConfig,
 }
 OWN = {"dit": DiTConfig, "vae": VAEConfig, "text": PocketTextConfig}  # described in model.json
-HALF = (np.float16, ml_dtypes.bfloat16)
 MODEL = "model.json"
 
 
@@ -64,7 +54,8 @@ class Bundle:
     parts: the files of every part, to read what is not held.  folder: where they are, and the
       tokenizer of UMT5.
     embeddings: rows of prompts that were encoded before, {prompt: float32 [M, D]}.
-    hashes: sha256 by part, of its sizes and the checksums of its arrays; and of every LoRA.
+    hashes: sha256 by part, of its sizes and the checksums of its arrays; and of every LoRA.  None
+      of UMT5: of what it is used for, a run card has the rows.
     loras: what changes the transformers, in order.  merged: whether it is added up with their
       weights, or kept beside them.
     base: trees by part as they are without LoRAs, where they are in memory.
@@ -252,84 +243,20 @@ def _has(folder: Path) -> bool:
     return (folder / MODEL).is_file()
 
 
-def load(name: str | Path = "pocket", dtype: str | None = None) -> Bundle:
-    """A model with its weights, named as in `outline`.
-
-    dtype: of the activations of the transformer and of a large text encoder, "bfloat16" or
-      "float32"; None for what the model says.
-    Weights keep their stored type, but become float32 where the activations are, and in the
-    autoencoder always.
-    Raises: CheckpointError when a file is missing, damaged, or does not match the model's spec.
-    """
-    return read_weights(typed(outline(name), dtype))
-
-
 def typed(bundle: Bundle, dtype: str | None) -> Bundle:
-    """An outline with activations of another type, as `load` describes it."""
+    """An outline with activations of another type, which its defaults name then; None for the type
+    that they name, if any.  See `weights.load`.
+
+    Raises: InputError for a type that there is not.
+    """
+    dtype = bundle.defaults.dtype if dtype is None else dtype
     if dtype is None:
         return bundle
+    bundle = dataclasses.replace(bundle, defaults=dataclasses.replace(bundle.defaults, dtype=dtype))
     own = {"dit": dataclasses.replace(bundle.dit, dtype=dtype)}
     if isinstance(bundle.text, UMT5Config):
         own["text"] = dataclasses.replace(bundle.text, dtype=dtype)
     return dataclasses.replace(bundle, **own)
-
-
-def read_weights(bundle: Bundle, change: Callable[[str, str, Any], Any] | None = None) -> Bundle:
-    """An outline with its weights and their hashes; what it has already is read again.
-
-    change(part, path, leaf): the leaf to hold instead, one at a time; the hashes are of the files.
-    Raises: CheckpointError as `load`.
-    """
-    params, hashes = {}, {}
-    for part, spec in specs(bundle).items():
-        if part not in bundle.parts:
-            raise CheckpointError(f"{bundle.folder} has no file of the part {part!r}; restore it")
-        keep = (lambda path, leaf: leaf) if change is None else partial(change, part)
-        if part in bundle.experts and bundle.offload != "none":
-            keep = partial(_waiting, keep)
-        params[part], hashes[part] = _load(bundle.parts[part], spec, _wide(bundle, part), keep)
-    for part in bundle.parts.keys() - params.keys():  # read when needed
-        if sums := _known(bundle.parts[part]):
-            hashes[part] = _hash(sums)
-    sizes = [[part, *_unusual(bundle.config(part))] for part in sorted(params)]
-    hashes["model"] = _hash(sizes)
-    return dataclasses.replace(bundle, params=params, hashes=hashes)
-
-
-def _waiting(change: Callable, path: str, leaf):
-    """As `change` gives it, those of the blocks in the host's memory."""
-    leaf = change(path, leaf)
-    return wait(leaf) if path.startswith("blocks/") else leaf
-
-
-def weight_bytes(bundle: Bundle) -> int:
-    """Bytes of the weights that are held in memory, in the types that `load` gives them; with LoRAs
-    and, where they are merged into a copy, the weights that they are merged into.
-    """
-    total, loras = 0, by_part(bundle.loras)
-    for part, spec in specs(bundle).items():
-        leaves = leaf_bytes(bundle, part, spec)
-        total += sum(math.prod(shape) * width for shape, width in leaves.values())
-        if part in loras and not bundle.merged:
-            total += beside_bytes(loras[part], leaves)
-        elif part in bundle.base:
-            total += merged_bytes(loras[part], leaves)
-    return total
-
-
-def leaf_bytes(bundle: Bundle, part: str, spec: dict) -> dict[str, tuple[tuple[int, ...], int]]:
-    """For each parameter of a part that is held in memory, its shape and an element's bytes."""
-    leaves = {}
-    for name, param in flatten(spec).items():
-        slot = bundle.parts[part].slots.get(name) if part in bundle.parts else None
-        narrow = slot is not None and slot.dtype in HALF and not _wide(bundle, part)
-        leaves[name] = param.shape, 2 if narrow else 4
-    return leaves
-
-
-def _wide(bundle: Bundle, part: str) -> bool:
-    """Whether the weights of a part become float32."""
-    return part in ("vae", "text") or bundle.dit.dtype == "float32"
 
 
 def _folder(name: str | Path) -> Path:
@@ -337,78 +264,3 @@ def _folder(name: str | Path) -> Path:
         raise InputError(f"the model is {name!r}; give 'pocket' or the path of a folder")
     inside = Path(str(resources.files("lvjax") / "assets" / "pocket"))
     return inside if str(name) == "pocket" else Path(name)
-
-
-def _load(stored: Stored, spec: dict, wide: bool, change: Callable) -> tuple[dict, str]:
-    """A part on the device, array by array, each as change(path, array) gives it, and its hash.
-
-    Raises: CheckpointError listing what is missing, left over, misshapen or not finite.
-    """
-    wanted, slots = flatten(abstract(spec)), stored.slots
-    wrong = [f"{k} is missing" for k in sorted(set(wanted) - set(slots))]
-    wrong += [f"{k} is not of this model" for k in sorted(set(slots) - set(wanted))]
-    shared = [k for k in wanted if k in slots]
-    wrong += [
-        f"{k} has shape {slots[k].shape}, expected {wanted[k].shape}"
-        for k in shared
-        if slots[k].shape != wanted[k].shape
-    ]
-    kinds = (*HALF, np.float32, np.float64)
-    wrong += [f"{k} is {slots[k].dtype}" for k in shared if slots[k].dtype not in kinds]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise CheckpointError(f"{stored.path}: {'; '.join(wrong[:5])}{more}")
-    arrays, found = {}, []
-    for name in wanted:
-        array = stored[name]
-        if not np.isfinite(array).all():
-            raise CheckpointError(f"{stored.path}: {name} is not finite; restore it")
-        found.append([name, str(array.dtype), list(array.shape), zlib.crc32(raw(array))])
-        keep = array.dtype in HALF and not wide
-        arrays[name] = change(name, jnp.asarray(array if keep else array.astype(np.float32)))
-    return unflatten(arrays), _hash(found)
-
-
-def _known(stored: Stored) -> list:
-    """Names, types, shapes and checksums of what is on the disk; nothing where there are none."""
-    sums = [[k, str(s.dtype), list(s.shape), s.crc] for k, s in sorted(stored.slots.items())]
-    return sums if all(slot.pieces for slot in stored.slots.values()) else []
-
-
-def _unusual(config) -> list:
-    """Fields of a configuration that are not as in every other, so that a new field changes no
-    hash.
-    """
-    fields = ((f.name, getattr(config, f.name), f.default) for f in dataclasses.fields(config))
-    return [[name, value] for name, value, usual in fields if value != usual]
-
-
-def _hash(sums: list) -> str:
-    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
-
-
-def _narrow(name: str, weight, dtype: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        out = np.asarray(jax.device_get(weight)).astype(dtype)
-    if not np.isfinite(out.astype(np.float32)).all():
-        raise InputError(f"{name} is not finite in {dtype}; save with dtype='float32'")
-    return out
-
-
-def save(folder, bundle: Bundle, dtype: str = "float16") -> None:
-    """Write a bundle whose parts are all in memory as a folder that `load` reads; weights in
-    `dtype`.
-
-    Raises: InputError when a weight is too large for `dtype`, or has LoRAs beside it; StorageError.
-    """
-    if bundle.loras and not bundle.merged:
-        raise InputError("LoRAs are kept beside these weights; merge them before they are saved")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for part, params in bundle.params.items():
-        flat = {k: _narrow(k, v, dtype) for k, v in flatten(params).items()}
-        save_arrays(folder / f"{part}.safetensors", flat)
-    head = {"name": bundle.name} | {
-        k: dataclasses.asdict(getattr(bundle, k)) for k in (*OWN, "defaults")
-    }
-    write_atomic(folder / MODEL, (json.dumps(head, indent=1) + "\n").encode())

@@ -24,7 +24,9 @@ FORMAT = FAMILY + "1"
 def make_card(
     options: dict[str, Any], *, weights: dict[str, str], inputs: dict[str, str]
 ) -> dict[str, Any]:
-    """options: the run's settings, resolved.  weights, inputs: sha256 by name."""
+    """options: the run's settings, resolved.  weights, inputs: sha256 by name; "prompts" among the
+    inputs is that of the rows which a text encoder made of them.
+    """
     return {
         "format": FORMAT,
         "options": options,
@@ -117,13 +119,30 @@ def check_card(card: Any, source) -> dict[str, Any]:
     return card
 
 
+def other_weights(card: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The names of weights that are not as in a card, or not in both.
+
+    Not compared is what one of the two has no hash of because it is not held in memory: an image
+    encoder without checksums, and UMT5, whose rows are compared instead (`other_prompts`).
+    """
+    old, new = card["weights"], now["weights"]
+    absent = {k for k in ("text", "image") if k not in old or k not in new}
+    return [k for k in sorted((old.keys() | new.keys()) - absent) if old.get(k) != new.get(k)]
+
+
+def other_prompts(card: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether the rows of the prompts are not those of a card; cards from before there was their
+    sha256 may have that of the file of embeddings.
+    """
+    old, new = card["inputs"], now["inputs"]
+    name = "prompts" if "prompts" in old else "embeddings"
+    return name in old and name in new and old[name] != new[name]
+
+
 def differences(card: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What is not as it was when the card was written; a replay is bit-equal if nothing is."""
-    out = [
-        f"weights {k} differ"
-        for k in card["weights"]
-        if card["weights"][k] != now["weights"].get(k)
-    ]
+    out = [f"weights {k} differ" for k in other_weights(card, now)]
+    out += ["the rows of the prompts differ"] if other_prompts(card, now) else []
     return out + [
         f"{k} was {v}, is {now['versions'].get(k)}"
         for k, v in card["versions"].items()

@@ -23,7 +23,8 @@ from lvjax.models.image_encoder import ImageEncoderConfig
 from lvjax.models.umt5 import UMT5Config
 from lvjax.models.vae import decode_start, encode_start, vae_spec
 from lvjax.rollout.condition import MASK
-from lvjax.run.bundle import Bundle, leaf_bytes, specs
+from lvjax.run.bundle import Bundle, specs
+from lvjax.run.weights import leaf_bytes
 
 # Bytes per token of a block, by the width of an activation in bytes: per channel of the stream
 # while queries, keys and values are made, and while they attend, beside the scores; per channel of

@@ -23,6 +23,7 @@ def _pair(x, test) -> bool:
     return isinstance(x, (tuple, list)) and len(x) == 2 and all(map(test, x))
 
 
+TYPES = ("float32", "bfloat16")
 ALLOWED = {
     "fps": (lambda x: _whole(x, 1, 240), "a whole number from 1 to 240"),
     "size": (lambda x: _pair(x, _whole), "(height, width) in pixels, for example (64, 64)"),
@@ -52,6 +53,7 @@ ALLOWED = {
     "negative": (lambda x: isinstance(x, str), "text"),
     "boundary": (lambda x: x is None or _real(x, 1e-3, 0.999), "None or a number between 0 and 1"),
     "impose": (lambda x: type(x) is bool, "True or False"),
+    "dtype": (lambda x: x is None or x in TYPES, f"None or one of {', '.join(TYPES)}"),
 }
 """What each field of `Defaults` may be: a test, and the same in words."""
 
@@ -68,7 +70,7 @@ class Defaults:
     lookahead: choose what the bank keeps by the whole timeline.  A later prompt can then change
       what earlier clips remember, and so their pictures (never their prompts).
     method: a name in `methods.METHODS`.  negative: the prompt that guidance leads away from.
-    boundary, impose: see `methods.wan`.
+    boundary, impose: see `methods.wan`.  dtype: of the activations; None for the model's own.
     Raises: InputError naming the field, what was given and what is allowed.
     """
 
@@ -91,6 +93,7 @@ class Defaults:
     negative: str = ""
     boundary: float | None = None
     impose: bool = False
+    dtype: str | None = None
 
     def __post_init__(self):
         for name, (test, words) in ALLOWED.items():

@@ -7,8 +7,9 @@ through it, and is never held; the image encoder is loaded, used and dropped.  R
 computed once can be saved, and then neither is needed.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lvjax.core.checkpoint import layers, load_arrays, save_arrays
+from lvjax.core.checkpoint import Stored, layers, load_arrays, save_arrays
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.core.params import unflatten
 from lvjax.data import prompts as pocket
@@ -25,6 +26,7 @@ from lvjax.models.image_encoder import encode_image
 from lvjax.models.pocket_text import PocketTextConfig
 from lvjax.run.bundle import Bundle
 from lvjax.run.timeline import short, word_notices
+from lvjax.run.weights import stored_hash
 
 
 class Prompts(NamedTuple):
@@ -116,10 +118,20 @@ def encode_prompts(bundle: Bundle, texts: Iterable[str]) -> dict[str, np.ndarray
 
 def _tokens(bundle: Bundle, texts: list[str]):
     """Ids, mask, and which texts were cut."""
-    from lvjax.data.tokenizer import load_tokenizer, tokenize
+    from lvjax.data.tokenizer import FILES, FOLDERS, tokenize
 
-    cfg = bundle.text
-    return tokenize(load_tokenizer(bundle.folder, cfg.vocab), texts, cfg.length)
+    folder, cfg = bundle.folder, bundle.text
+    places = [folder / below / name for below in FOLDERS for name in FILES]
+    stamps = tuple((str(p), p.stat().st_mtime_ns) for p in places if p.is_file())
+    return tokenize(_tokenizer(folder, cfg.vocab, stamps), texts, cfg.length)
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(folder: Path, vocab: int, stamps: tuple):
+    """The tokenizer of a folder, read once; stamps: its files and when they were changed."""
+    from lvjax.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(folder, vocab)
 
 
 def _words(stored, ids: np.ndarray) -> np.ndarray:
@@ -130,12 +142,14 @@ def _words(stored, ids: np.ndarray) -> np.ndarray:
 
 
 def notices(bundle: Bundle, texts: Iterable[str]) -> list[str]:
-    """What the user should know about prompts that are not followed as they are written."""
+    """What the user should know about prompts that are not followed as they are written; of those
+    that are embedded it was said then.
+    """
     if isinstance(bundle.text, PocketTextConfig):
         return word_notices(texts)
-    if bundle.text is None:
+    texts = [text for text in dict.fromkeys(texts) if text not in bundle.embeddings]
+    if bundle.text is None or not texts:
         return []
-    texts = list(dict.fromkeys(texts))
     _, _, cut = _tokens(bundle, texts)
     return [
         f"the prompt {short(text)} has more than {bundle.text.length} tokens; the rest is left out"
@@ -147,28 +161,64 @@ def notices(bundle: Bundle, texts: Iterable[str]) -> list[str]:
 # ---- embeddings in a file ----------------------------------------------------------
 
 
-def save_embeddings(path: Path, embeddings: Mapping[str, np.ndarray], model: str) -> None:
-    """Write rows by prompt.  model: the name of the model that they are for."""
-    arrays = {f"{i:06d}": rows for i, rows in enumerate(embeddings.values())}
-    save_arrays(path, arrays, {"prompts": list(embeddings), "model": model, "kind": "embeddings"})
+def save_embeddings(
+    path: Path, embeddings: Mapping[str, np.ndarray], model: str, encoder: Stored | None = None
+) -> None:
+    """Write rows by prompt.
+
+    model: the name of the model that they are for.  encoder: what made them; its sha256 is kept
+      where it has checksums.
+    """
+    arrays = {_name(i): rows for i, rows in enumerate(embeddings.values())}
+    meta = {"prompts": list(embeddings), "model": model, "kind": "embeddings"}
+    save_arrays(path, arrays, meta | {"encoder": None if encoder is None else stored_hash(encoder)})
 
 
-def load_embeddings(path, dim: int) -> dict[str, np.ndarray]:
+def _name(index: int) -> str:
+    return f"{index:06d}"
+
+
+def load_embeddings(path, dim: int, encoder: Stored | None = None) -> dict[str, np.ndarray]:
     """Rows by prompt, for a model that takes rows `dim` wide.
 
+    encoder: the model's own where it is there; where it has checksums, as the one had
+      that made the rows, they must be the same.
     Raises: CheckpointError when the file is damaged, holds something else, or is of another model.
     """
     arrays, meta = load_arrays(path)
     prompts = meta.get("prompts")
-    if meta.get("kind") != "embeddings" or len(prompts or ()) != len(arrays):
+    of_text = isinstance(prompts, list) and all(isinstance(text, str) for text in prompts)
+    names = {_name(i) for i in range(len(prompts))} if of_text else None
+    if meta.get("kind") != "embeddings" or names != arrays.keys():
         raise CheckpointError(f"{path} holds no prompt embeddings; make them with `lvjax encode`")
-    found = {text: arrays[f"{i:06d}"] for i, text in enumerate(prompts)}
+    found = {text: arrays[_name(i)] for i, text in enumerate(prompts)}
     if wrong := [rows.shape for rows in found.values() if rows.shape[1:] != (dim,)]:
         raise CheckpointError(
             f"{path} holds rows {list(wrong[0])}, the model takes [tokens, {dim}]; encode the "
             "prompts with the model's own text encoder"
         )
+    made, own = meta.get("encoder"), None if encoder is None else stored_hash(encoder)
+    if None not in (made, own) and made != own:
+        raise CheckpointError(
+            f"{path} was made by another text encoder than that of the model; encode the prompts "
+            "with the model's own"
+        )
     return found
+
+
+def rows_hash(bundle: Bundle, texts: Iterable[str]) -> str | None:
+    """sha256 of these prompts and their rows; None where they are made of weights in memory.
+
+    The rows must be among the bundle's embeddings.
+    """
+    if isinstance(bundle.text, PocketTextConfig):
+        return None
+    found = hashlib.sha256()
+    for text in texts:
+        rows = np.ascontiguousarray(bundle.embeddings[text], np.float32)
+        found.update(repr((text, rows.shape)).encode())
+        found.update(rows)
+    return found.hexdigest()
 
 
 # ---- image tokens ------------------------------------------------------------------

@@ -6,10 +6,7 @@ After clip i every video ends with it and the state says so; whatever a crash le
 cut off and made again, bit for bit.
 """
 
-import base64
 import dataclasses
-import io
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,12 +19,13 @@ from lvjax.core.checkpoint import load_meta
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.io.video import FragmentedWriter
 from lvjax.run import card as cards
+from lvjax.run import pictures
 from lvjax.run.adapters import for_card
-from lvjax.run.bundle import Bundle
+from lvjax.run.bundle import Bundle, typed
 from lvjax.run.defaults import Defaults
 from lvjax.run.request import Request
 from lvjax.run.session import ClipResult, Session, check_request, open_session
-from lvjax.run.state import chain, load_state, save_state, state_path
+from lvjax.run.state import chain, load_start, load_state, save_state, state_path
 
 PLAIN = {
     "frames": int,
@@ -41,7 +39,10 @@ PLAIN = {
 """Fields of a request that a card holds as they are, and their types."""
 
 PICTURES = ("start", "last")
-"""Fields of a request that a card holds as PNGs."""
+"""Fields of a request that a card holds as PNGs, or names."""
+
+LATER = ("last", "strength")
+"""Fields that older cards do not have, None there."""
 
 META = {"card": dict, "clip": int, "frame": int, "digest": str, "offsets": list}
 """What the state of a run holds beside its arrays, and the types."""
@@ -94,35 +95,77 @@ def made_before(output) -> list[Path]:
         return []
 
 
-def options_of(request: Request, bundle: Bundle, model: str) -> dict[str, Any]:
-    """A request as the JSON-able options of a card; the start frames become PNGs."""
+def options_of(
+    request: Request,
+    bundle: Bundle,
+    model: str,
+    video: str | None = None,
+    embeddings: str | None = None,
+) -> dict[str, Any]:
+    """A request as the JSON-able options of a card.
+
+    model, video, embeddings: where the files of the run are.  Start frames become PNGs; those of a
+    long video are only named, and the state holds them.
+    """
     options = {k: getattr(request, k) for k in PLAIN}
     options["timelines"] = [[list(moment) for moment in row] for row in request.timelines]
     options["size"] = list(request.size or bundle.defaults.size)
-    for name in PICTURES:
-        given = getattr(request, name)
-        options[name] = None if given is None else _pngs(np.asarray(given))
+    options["start"] = pictures.to_card(request.start, video)
+    options["last"] = pictures.to_card(request.last)
     own = {"model": model, "defaults": dataclasses.asdict(bundle.defaults)}
+    own["embeddings"] = None if embeddings is None else str(Path(embeddings).resolve())
     return options | own | for_card(bundle.loras, bundle.merged)
 
 
 def request_of(options: dict[str, Any]) -> Request:
-    """The request that `options_of` wrote.
+    """The request that `options_of` wrote; with start frames that are only named it has their shape
+    alone, until `with_start`.
 
     Raises: CheckpointError when the options are not of this version.
     """
+    options = dict.fromkeys(LATER) | options
     try:
         rows = tuple(tuple((float(t), str(p)) for t, p in row) for row in options["timelines"])
-        pictures = {k: options[k] for k in PICTURES}
-        pictures = {k: None if png is None else _unpngs(png) for k, png in pictures.items()}
+        frames = {k: pictures.from_card(options[k]) for k in PICTURES}
         plain = {k: options[k] for k in PLAIN}
         plain = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
         if wrong := [k for k in PLAIN if not isinstance(plain[k], PLAIN[k])]:
             raise TypeError(f"{wrong[0]} is {plain[wrong[0]]!r}")
         height, width = map(int, options["size"])
-        return Request(rows, size=(height, width), **pictures, **plain)
+        return Request(rows, size=(height, width), **frames, **plain)
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError, OSError) as e:
         raise _of_another_version(e) from e
+
+
+def embeddings_of(options: dict[str, Any]) -> str | None:
+    """The file of embeddings that a run was begun with; older cards name none.
+
+    Raises: CheckpointError when it is not of this version.
+    """
+    path = options.get("embeddings")
+    if not isinstance(path, str | None):
+        raise _of_another_version(TypeError(f"embeddings is {path!r}"))
+    return path
+
+
+def is_older(options: dict[str, Any]) -> bool:
+    """Whether a card is from before it could ask for Wan's models and for LoRAs."""
+    return not options.keys() >= set(LATER)
+
+
+def named_video(options: dict[str, Any]) -> str | None:
+    """The video whose frames a card only names, None where the card has them or there are none."""
+    start = options.get("start")
+    return start["video"] if isinstance(start, dict) else None
+
+
+def with_start(request: Request, options: dict[str, Any], bits: np.ndarray, source) -> Request:
+    """The request of a card with the start frames that the card only names, uint8 from `source`.
+
+    Raises: CheckpointError when they are not those.
+    """
+    pictures.check(bits, options["start"], source)
+    return dataclasses.replace(request, start=pictures.as_frames(bits))
 
 
 def defaults_of(options: dict[str, Any]) -> Defaults:
@@ -147,11 +190,11 @@ def _of_another_version(e: Exception) -> CheckpointError:
 
 
 def with_defaults(bundle: Bundle, card: dict[str, Any]) -> Bundle:
-    """The bundle with the defaults that a card was made with.
+    """The bundle, or its outline, with the defaults that a card was made with.
 
     Raises: CheckpointError when the card has none.
     """
-    return dataclasses.replace(bundle, defaults=defaults_of(_options(card)))
+    return typed(dataclasses.replace(bundle, defaults=defaults_of(_options(card))), None)
 
 
 def _options(card: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +225,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
     sampler = {k: defaults.pop(k) for k in ("steps", "guidance", "method", "negative")}
     del defaults["size"]  # a card has the size used
     settings = {"prompts": request.timelines}
-    settings |= {f"{name} frames": options.get(name) for name in PICTURES}
+    settings |= {f"{name} frames": pictures.identity(options.get(name)) for name in PICTURES}
     settings |= {k: getattr(request, k) for k in ("size", *PLAIN)}
     settings |= {k: sampler[k] for k in sampler if settings[k] is None}
     return settings | {f"defaults.{k}": v for k, v in defaults.items()}
@@ -195,36 +238,6 @@ def _change(name: str, old, new) -> str:
     return f"{name} was {was}, is {now}"
 
 
-def _png(frame: np.ndarray) -> str:
-    """A start frame float32 [H, W, 3] in [-1, 1] as base64 PNG of its 8 bits."""
-    from PIL import Image
-
-    out = io.BytesIO()
-    Image.fromarray(np.round((frame + 1) * 127.5).astype(np.uint8)).save(out, "PNG")
-    return base64.b64encode(out.getvalue()).decode()
-
-
-def _pngs(frames: np.ndarray) -> list:
-    """[H, W, 3] or [P, H, W, 3] as a list of PNGs, [B, P, H, W, 3] as a list of lists."""
-    return [_pngs(f) if f.ndim == 4 else _png(f) for f in frames[(None,) * (4 - frames.ndim)]]
-
-
-def _unpngs(pngs: list) -> np.ndarray:
-    return np.stack([_unpng(p) if isinstance(p, str) else _unpngs(p) for p in pngs])
-
-
-def _unpng(text: str) -> np.ndarray:
-    from PIL import Image
-
-    data, too_large = io.BytesIO(base64.b64decode(text)), Image.DecompressionBombWarning
-    try:
-        with warnings.catch_warnings(action="error", category=too_large):
-            with Image.open(data, formats=("PNG",)) as image:
-                return np.asarray(image.convert("RGB")).astype(np.float32) / 127.5 - 1
-    except (Image.DecompressionBombError, too_large) as e:
-        raise ValueError(f"a start frame is too large: {e}") from e
-
-
 def start(bundle: Bundle, request: Request, output, card: dict[str, Any]) -> tuple[str, ...]:
     """Save the state of a run that has made nothing yet; `proceed` makes the card and the videos.
 
@@ -235,7 +248,8 @@ def start(bundle: Bundle, request: Request, output, card: dict[str, Any]) -> tup
     notices = check_request(bundle, request)
     offsets = [None] * len(request.timelines)
     meta = {"card": card, "clip": 0, "frame": 0, "digest": "", "offsets": offsets}
-    save_state(state_path(output), {}, meta)
+    named = named_video(card["options"]) is not None
+    save_state(state_path(output), {}, meta, pictures.as_bits(request.start) if named else None)
     return notices
 
 
@@ -301,7 +315,10 @@ def proceed(bundle: Bundle, output, stop: Callable[[], bool] = lambda: False) ->
     meta = _meta(output)
     card = meta["card"]
     bundle = with_defaults(bundle, card)
-    request = request_of(card["options"])
+    request, begun = request_of(card["options"]), None
+    if named_video(card["options"]) is not None:
+        begun = load_start(state_path(output))
+        request = with_start(request, card["options"], begun, state_path(output))
     session = open_session(bundle, request)
     _check_position(meta, session, state_path(output))
     cards.write_card(output, card)  # it may be gone, or of the run that was here before
@@ -322,7 +339,7 @@ def proceed(bundle: Bundle, output, stop: Callable[[], bool] = lambda: False) ->
                 "frame": meta["frame"] + result.frames.shape[1],
                 "digest": chain(meta["digest"], result.latents),
             }
-            save_state(state_path(output), result.state, meta)
+            save_state(state_path(output), result.state, meta, begun)
             yield Progress(
                 meta["clip"], session.num_clips, meta["frame"], session.frames, meta["digest"]
             )

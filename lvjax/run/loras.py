@@ -26,7 +26,8 @@ from lvjax.run.adapters import (
     of_card,
     open_adapter,
 )
-from lvjax.run.bundle import Bundle, read_weights
+from lvjax.run.bundle import Bundle
+from lvjax.run.weights import read_weights
 
 
 def with_lora(bundle: Bundle, lora, merge: bool = False) -> Bundle:
@@ -105,7 +106,7 @@ def filled(outline: Bundle) -> Bundle:
     """An outline with its weights and its LoRAs.
 
     Merged ones go into each array as it is read, so that at no time more than one is held twice.
-    Raises: CheckpointError as `lvjax.run.bundle.load`.
+    Raises: CheckpointError as `lvjax.run.weights.load`.
     """
     if not outline.merged:
         bare = read_weights(without_lora(outline))

@@ -82,6 +82,9 @@ def size_for(bundle: Bundle, picture: tuple[int, int]) -> tuple[int, int]:
 
 def check(bundle: Bundle, request: Request) -> None:
     """Raises: InputError for a resolved request that this method or model cannot follow."""
+    pair, usual = isinstance(request.guidance, tuple), bundle.defaults.guidance
+    if pair and len(bundle.experts) == 1 and list(request.guidance) != list(np.atleast_1d(usual)):
+        raise InputError(f"guidance is {request.guidance}; {bundle.name} has one expert: give one")
     chosen = settings(bundle, request)
     check_models(bundle.dit, bundle.vae, chosen)
     start, last, tokens = start_frames(request), last_frame(request), bundle.dit.image_dim
@@ -129,11 +132,14 @@ def opening(bundle: Bundle, request: Request, prompts: Prompts, mesh) -> Opening
         return method.init(wan_condition(encoder(bundle), size, bundle.dit, chosen, **given), keys)
 
     clips = partial(_clips, bundle, request, chosen, prompts, mesh, start, last)
-    step = None
-    if bundle.offload == "expert":
-        there = partial(place, mesh=mesh)
-        step = staged(bundle.params, bundle.dit, bundle.vae, chosen, there)
+    ready = partial(place, mesh=mesh) if bundle.offload == "expert" else _as_it_is
+    # in parts wherever the weights wait: one program would round otherwise in the last bits
+    step = staged(bundle.params, bundle.dit, bundle.vae, chosen, ready)
     return Opening(method, init, _place, clips, 0, 0, step)
+
+
+def _as_it_is(params):
+    return params
 
 
 def _place(state: WanState, mesh) -> WanState:

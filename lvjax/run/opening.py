@@ -23,7 +23,7 @@ class Opening(NamedTuple):
     init: keys -> the first state.  place(state, mesh): the state laid out over the devices.
     clips(start): the clip inputs from number `start` on.
     skip_first, overlap_frames: pixel frames that clip 0, and every later clip, does not show.
-    step: the method's step in another form, where it is more than one program; a state is donated.
+    step: the method's step as more than one program, or None for one; a state is donated.
     """
 
     method: Method

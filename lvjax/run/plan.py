@@ -22,11 +22,12 @@ from lvjax.flow.truncated import steps_needed
 from lvjax.methods.error_free import memory_layers
 from lvjax.rollout.condition import MASK, pixel_frames
 from lvjax.run import costs
-from lvjax.run.bundle import Bundle, weight_bytes
+from lvjax.run.bundle import Bundle
 from lvjax.run.machine import device_memory, host_memory, shares_memory
 from lvjax.run.request import Request, resolved
 from lvjax.run.session import OPENINGS, check_offload, cuts, data_mesh
 from lvjax.run.state import state_path
+from lvjax.run.weights import weight_bytes
 
 # bytes of the process once jax is up and the pocket programs are loaded, measured on the CPU
 RUNTIME = 520e6
@@ -227,7 +228,7 @@ def _memory(
         + costs.in_flight(bundle, offload)
     )
     phases = [
-        {"transformer": transformer, "frames": 0 if offload == "expert" else shown},
+        {"transformer": transformer, "frames": shown if shape.kept else 0},
         {"autoencoder": batch * max(coding), "frames": shown},
         *({name: size} for name, size in costs.encoders(bundle, rows).items()),
         {"reading of weights": costs.reading(bundle) * shares_memory()},

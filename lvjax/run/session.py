@@ -160,10 +160,11 @@ def size_for(bundle: Bundle, request: Request, picture: tuple[int, int]) -> tupl
 
 
 def texts_of(bundle: Bundle, request: Request) -> list[str]:
-    """Every prompt of a request, the negative one among them."""
+    """Every prompt that a request needs; the negative one among them where guidance is on."""
     request = resolved(bundle, request)
     own = [prompt for row in request.timelines for _, prompt in row]
-    return list(dict.fromkeys([*own, request.negative]))
+    guided = any(scale != 1 for scale in np.atleast_1d(request.guidance))
+    return list(dict.fromkeys([*own, request.negative] if guided else own))
 
 
 def check_settings(outline: Bundle, request: Request) -> None:

@@ -9,14 +9,33 @@ from typing import Any
 import jax
 import numpy as np
 
-from lvjax.core.checkpoint import load_arrays, restore_tree, save_arrays, tree_arrays
+from lvjax.core.checkpoint import (
+    load_arrays,
+    open_arrays,
+    readable,
+    restore_tree,
+    save_arrays,
+    tree_arrays,
+)
+
+START = "start frames"
 
 
-def save_state(path, state, meta: dict[str, Any]) -> None:
+def save_state(path, state, meta: dict[str, Any], start: np.ndarray | None = None) -> None:
     """state: any pytree of arrays; meta: position, byte offset, digest, and what else resuming
-    needs (JSON-able).
+    needs (JSON-able); start: the frames uint8 that the run goes on from, where meta lacks them.
     """
-    save_arrays(path, tree_arrays(jax.device_get(state)), meta)
+    own = {} if start is None else {START: start}
+    save_arrays(path, tree_arrays(jax.device_get(state)) | own, meta)
+
+
+def load_start(path) -> np.ndarray:
+    """The start frames of a state.
+
+    Raises: CheckpointError naming the file when they are not there, or damaged.
+    """
+    with readable(path):
+        return open_arrays(path)[START]
 
 
 def load_state(path, like, place: Callable = jax.device_put) -> tuple[Any, dict[str, Any]]:
@@ -27,6 +46,7 @@ def load_state(path, like, place: Callable = jax.device_put) -> tuple[Any, dict[
     Raises: CheckpointError naming the file, and the array that is damaged or of another run.
     """
     arrays, meta = load_arrays(path)
+    arrays.pop(START, None)
     return place(restore_tree(like, arrays, str(path))), meta
 
 

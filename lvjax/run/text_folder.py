@@ -5,6 +5,7 @@ the transformer, makes videos of.
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from checkpoints_convert.export import part_config
@@ -31,6 +32,7 @@ class TextFolder(NamedTuple):
     parts: Mapping[str, Any]
     folder: Path
     negatives: tuple[str, ...]
+    embeddings: Mapping[str, Any] = MappingProxyType({})
 
 
 def open_text(path: Path) -> TextFolder:

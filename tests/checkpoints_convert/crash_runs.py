@@ -45,7 +45,7 @@ def watch(root, stop, log):
     sys.addaudithook(hook)
 
 def run(work):
-    os.sync = lambda: None  # for a power cut, not for a kill, and slow where others write
+    os.sync = os.fsync = lambda *_: None  # for a power cut, not for a kill, and slow
     os.dup2(os.open(work["err"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     log = os.open(work["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if work["log"] else None
     if work["shard"]:

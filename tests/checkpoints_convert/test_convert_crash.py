@@ -162,7 +162,13 @@ SCENES = {  # options of what is there before, None: nothing; and of the run tha
 }
 
 
-@pytest.mark.parametrize("scene", SCENES)
+# The others do in another order what these do.
+QUICK = {"safetensors", "orbax", "folder by folder", "folder by file"}
+
+
+@pytest.mark.parametrize(
+    "scene", [s if s in QUICK else pytest.param(s, marks=pytest.mark.long) for s in SCENES]
+)
 def test_a_kill_before_every_change(runs, tmp_path, scene):
     before, options = SCENES[scene]
     root = tmp_path / "root"

@@ -39,7 +39,6 @@ from tests.tiny import relative
 MODELS = {  # name: the parts that its folders hold
     "wan2.1-t2v-14b": ("dit", "vae", "text"),
     "wan2.1-i2v-14b": ("dit", "vae", "text", "image"),
-    "wan2.1-flf2v-14b": ("dit", "vae", "text", "image"),
     "wan2.2-i2v-a14b": ("dit", "dit_low", "vae", "text"),
     "wan2.2-ti2v-5b": ("dit", "vae", "text"),
 }
@@ -110,7 +109,7 @@ def test_what_is_loaded_is_the_same(folders):
         same = jax.tree.map(np.array_equal, bundle.params, found[0].params)
         assert all(jax.tree.leaves(same))
     one, other = found[2:]
-    assert one.hashes == other.hashes and one.hashes.keys() == {*MODELS[model], "model"}
+    assert one.hashes == other.hashes and one.hashes.keys() >= held
     if model == "wan2.1-t2v-14b":
         rows = [encode_prompts(bundle, ["a b c b"])["a b c b"] for bundle in found]
         assert all(np.array_equal(row, rows[0]) for row in rows) and rows[0].std() > 0

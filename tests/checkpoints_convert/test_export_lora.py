@@ -5,6 +5,8 @@ diffusers reads the same; `lvjax convert --base`.
 
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,15 +17,22 @@ from safetensors.numpy import load_file
 from checkpoints_convert.export_lora import lora_arrays, write_lora
 from checkpoints_convert.keys_dit import dit_rules
 from checkpoints_convert.lora import read_lora
+from checkpoints_convert.lora_file import open_lora
 from checkpoints_convert.read import open_tensors
 from checkpoints_convert.rules import sources_of
 from lvjax.cli.main import main
+from lvjax.core.checkpoint import load_arrays
+from lvjax.core.errors import CheckpointError
+from lvjax.core.params import flatten, init, unflatten
 from lvjax.models.config import DiTConfig
 from lvjax.models.dit import dit_spec
-from lvjax.run.bundle import save
+from lvjax.models.lora import Delta, adapters, as_lora, attach, detach, lora_spec, within
+from lvjax.run.weights import save
+from tests.drawn import drawn
 from tests.lora_files import TWO, draw, write_two_experts
 from tests.lora_files import lora_arrays as made_for
 from tests.lora_files import write_lora as write
+from tests.quick import quick_compiler  # noqa: F401
 from tests.tiny import DIT, tiny_bundle
 
 T2V = DiTConfig(dim=32, num_heads=2, num_layers=2, ffn_dim=48, text_dim=16, dtype="float32")
@@ -113,7 +122,9 @@ def test_what_is_written_is_what_was_read(name, tmp_path):
     assert all(key.startswith("diffusion_model.") for key in arrays)
     write_lora(tmp_path / "a.safetensors", arrays)
     tensors = open_tensors(tmp_path / "a.safetensors")
-    assert tensors.metadata == {"format": "pt"}
+    assert tensors.metadata["format"] == "pt"
+    assert open_lora(tmp_path / "a.safetensors").config == {}
+    assert load_arrays(tmp_path / "a.safetensors")[0].keys() == arrays.keys()  # with checksums
     again = read_lora(tensors, {}, cfg)
     one, other = contents(lora), contents(again)
     assert one.keys() == other.keys() and again.unmatched == ()
@@ -121,6 +132,55 @@ def test_what_is_written_is_what_was_read(name, tmp_path):
         for a, b in zip(parts, other[place], strict=True):
             assert a.dtype == b.dtype
             np.testing.assert_array_equal(a, b)
+
+
+def test_nothing_is_left_out():
+    """What a file cannot hold is refused, not dropped."""
+    lora = read_lora(halves(I2V, "official"), {}, I2V)
+    at = {c.path: i for i, c in enumerate(lora.low_rank)}
+    two, one = at["condition_embedding/kernel"], at["patch_embedding/kernel"]
+
+    def changed(i, **new):
+        low = list(lora.low_rank)
+        low[i] = low[i]._replace(**new)
+        return lora._replace(low_rank=tuple(low))
+
+    def without(i):
+        return lora._replace(low_rank=lora.low_rank[:i] + lora.low_rank[i + 1 :])
+
+    assert len(lora_arrays(without(two), I2V)) == len(lora_arrays(lora, I2V))  # only of the noise
+    nowhere = Delta("blocks/norm3/scale", 2, draw(0, 32), 1.0)
+    part = Delta("condition_embedding/kernel", None, draw(0, *lora.low_rank[two].shape), 1.0)
+    for bad, place in (
+        (lora._replace(low_rank=lora.low_rank + lora.low_rank[:1]), lora.low_rank[0].path),
+        (changed(two, b=2 * lora.low_rank[two].b), "condition_embedding/kernel"),
+        (changed(two, scale=9.0), "condition_embedding/kernel"),
+        (without(one), "condition_embedding/kernel"),
+        (changed(0, path="blocks/nowhere/kernel"), "blocks/nowhere/kernel"),
+        (lora._replace(deltas=(nowhere,)), r"blocks/norm3/scale \(layer 2\)"),
+        (lora._replace(deltas=(part,)), "condition_embedding/kernel"),
+    ):
+        with pytest.raises(CheckpointError, match=f"changes {place}.* no LoRA file can hold"):
+            lora_arrays(bad, I2V)
+
+
+def test_new_adapters_are_written_and_read_again(tmp_path):
+    """What training leaves beside the weights is a LoRA file; untrained layers are not in it."""
+    spec = lora_spec(dit_spec(T2V), [f"blocks/self_attn/{name}" for name in "qkvo"], 3)
+    beside = within(init(adapters(spec), jax.random.key(0)), range(1, 2))
+    flat = flatten(drawn(dit_spec(T2V), 0)) | flatten(beside)
+    flat |= {k: jnp.asarray(draw(i, *a.shape)) for i, (k, a) in enumerate(flat.items())
+             if k.endswith("lora/b")}  # fmt: skip
+    params = unflatten(flat)
+    path = tmp_path / "a.safetensors"
+    write_lora(path, lora_arrays(as_lora(params), T2V))
+    assert all(name.startswith("diffusion_model.blocks.1.self_attn.") for name in load_file(path))
+    file = open_lora(path)
+    again = attach(detach(params), [(read_lora(file.tensors, file.config, T2V), 1.0)])
+    for name, leaf in flatten(adapters(params)).items():
+        scale = flat[name.rpartition("/")[0] + "/scale"][:, :1]
+        wanted = leaf if leaf.ndim == 2 else leaf * scale[..., None]
+        np.testing.assert_array_equal(flatten(again)[name], wanted, name)
 
 
 def test_a_bias_of_a_pair_becomes_a_difference():

@@ -3,7 +3,7 @@
 
 import pytest
 
-from lvjax.run.bundle import save
+from lvjax.run.weights import save
 from tests.tiny import tiny_bundle
 
 

@@ -12,8 +12,9 @@ from lvjax.cli import config
 from lvjax.cli.main import main
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.lab.recipe import Stage
-from lvjax.run.bundle import load, outline
+from lvjax.run.bundle import outline
 from lvjax.run.defaults import ALLOWED, Defaults
+from lvjax.run.weights import load
 
 BAD = {
     "fps=0": "from 1 to 240",

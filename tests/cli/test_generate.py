@@ -13,14 +13,14 @@ import time
 import numpy as np
 import pytest
 
-from lvjax.cli.generate import _moment
 from lvjax.cli.main import main
+from lvjax.cli.request import _moment
 from lvjax.core.errors import InputError
 from lvjax.io.video import read_card, read_video
 from lvjax.run import job
-from lvjax.run.bundle import load, save
 from lvjax.run.card import card_path
 from lvjax.run.state import state_path
+from lvjax.run.weights import load, save
 from tests.cli.commands import PROMPTS, generate
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from lvjax.io.video import read_video
-from lvjax.run.bundle import save
 from lvjax.run.card import card_path
+from lvjax.run.weights import save
 from tests.tiny import tiny_bundle
 
 RUN = ("--prompt", "the camera pans left", "--prompt", "a red circle moves up")

@@ -12,11 +12,12 @@ import pytest
 from lvjax.cli.main import main
 from lvjax.core.checkpoint import save_arrays
 from lvjax.io.video import read_card
-from lvjax.run.bundle import load
 from lvjax.run.card import card_path, file_hash
 from lvjax.run.loras import with_lora
+from lvjax.run.weights import load
 from tests.cli.commands import PROMPTS, generate, interrupted
 from tests.lora_files import PROMPT, TWO, deltas, draw, lora_arrays, write_lora, write_two_experts
+from tests.quick import quick_compiler  # noqa: F401
 
 SHORT = (*PROMPTS, "--frames", "29", "--seed", "3")
 

@@ -12,8 +12,8 @@ from PIL import Image
 from lvjax.cli.main import main
 from lvjax.io.video import read_card
 from lvjax.run import lock
-from lvjax.run.bundle import save
 from lvjax.run.card import card_path
+from lvjax.run.weights import save
 from tests.tiny import tiny_bundle
 
 PROMPTS = ("--prompt", "the camera pans left", "--prompt", "a red circle moves up")

@@ -14,9 +14,9 @@ from lvjax.cli.main import main
 from lvjax.core.checkpoint import load_arrays, save_arrays
 from lvjax.io.video import read_video
 from lvjax.run import lock
-from lvjax.run.bundle import load, save
 from lvjax.run.card import card_path
 from lvjax.run.state import state_path
+from lvjax.run.weights import load, save
 from tests.cli.commands import PROMPTS, generate, interrupted
 
 

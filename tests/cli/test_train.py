@@ -14,7 +14,7 @@ from lvjax.cli import train
 from lvjax.cli.main import main
 from lvjax.core.checkpoint import load_arrays
 from lvjax.lab.gpu_train import TINY
-from lvjax.run.bundle import load
+from lvjax.run.weights import load
 
 RECIPE = dataclasses.replace(
     TINY, extension=(dataclasses.replace(TINY.extension[0], name="dit", memory=0),)

@@ -15,7 +15,7 @@ from lvjax.core.params import abstract, flatten
 from lvjax.data.clips import ClipStore
 from lvjax.lab import gpu_train, pieces, pocket
 from lvjax.lab.recipe import Recipe
-from lvjax.run.bundle import load
+from lvjax.run.weights import load
 from lvjax.train import loop
 from lvjax.train.loop import init_state, make_optimizer, save_snapshot
 

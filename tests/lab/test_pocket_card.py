@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from lvjax.core.params import count
-from lvjax.run.bundle import load, specs
+from lvjax.run.bundle import specs
+from lvjax.run.weights import load
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = json.loads((ROOT / "benchmarks" / "pocket_obedience.json").read_text())

@@ -12,12 +12,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lvjax.core.errors import InputError
 from lvjax.core.mesh import make_mesh
+from lvjax.core.offload import wait
 from lvjax.core.params import flatten
 from lvjax.memory.cache import Past
 from lvjax.models import lora as module
 from lvjax.models.dit import dit, dit_spec, embed_context
 from lvjax.models.lora import Delta, Lora, LowRank, attach, detach, merge
 from lvjax.nn.linear import linear
+from tests.quick import quick_compiler  # noqa: F401
 from tests.tiny import SMALL_DIT as CFG
 from tests.tiny import relative
 
@@ -125,6 +127,26 @@ def test_layers_are_changed_in_place_and_stay_sharded():
     x = jnp.asarray(draw(2, 3, 48))
     pick = jax.jit(lambda p, x: linear(jax.tree.map(lambda a: a[1], p), x))
     assert relative(pick(beside, x), pick(merged, x)) < 1e-6
+
+
+def test_weights_that_wait_are_changed_where_they_are():
+    """Host in, host out, also over several devices; the base is kept."""
+    sharding = NamedSharding(make_mesh(fsdp=8), PartitionSpec(None, None, "fsdp"))
+    flat = flatten(base())
+    spread = jax.device_put(flat["blocks/ffn/fc1/kernel"], sharding)
+    flat["blocks/ffn/fc1/kernel"] = spread
+    waits = {k: wait(a) if k.startswith("blocks/") else a for k, a in flat.items()}
+    before = jax.tree.map(np.array, waits)
+    for change in (merge, attach):
+        found, wanted = (flatten(change(module.unflatten(tree), TWO)) for tree in (waits, flat))
+        assert found.keys() == wanted.keys()
+        for path, leaf in found.items():
+            np.testing.assert_array_equal(leaf, wanted[path], path)
+            kind = "pinned_host" if path.startswith("blocks/") else "device"
+            assert leaf.sharding.memory_kind == kind, path
+        there = sharding.with_memory_kind("pinned_host")
+        assert found["blocks/ffn/fc1/kernel"].sharding == there
+    jax.tree.map(np.testing.assert_array_equal, waits, before)  # nothing of it was donated
 
 
 def silenced(lora):

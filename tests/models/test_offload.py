@@ -12,15 +12,21 @@ import numpy as np
 import pytest
 
 from lvjax.core import offload
+from lvjax.core.compat import SLICES_WIDEN
 from lvjax.core.mesh import make_mesh
 from lvjax.core.params import map_spec
 from lvjax.memory.cache import init_cache, open_past
+from lvjax.models.config import WAN_VAE_2_1, DiTConfig
 from lvjax.models.dit import dit, dit_spec, embed_context
 from lvjax.nn.rope import grid_table
 from tests.tiny import SMALL_DIT
+from tests.wan_shell import QUICKLY, bytes_of, shell
+from tests.wan_shell import context as context_of
+from tests.wan_shell import params as params_of
 
 CFG = replace(SMALL_DIT, num_layers=4)
 HALF = replace(CFG, dtype="bfloat16")
+WIDE, VAE = DiTConfig(256, 2, 12, 512, text_dim=16, text_len=16), replace(WAN_VAE_2_1, base=4)
 MESH = make_mesh(devices=jax.devices()[:1])
 
 
@@ -37,7 +43,7 @@ def params(dtype="float32"):
 def on_host(tree):
     """Parameters whose blocks wait in the host's memory."""
     blocks = offload.place(tree["blocks"], MESH, offload.HOST)
-    return offload.place({**tree, "blocks": tree["blocks"]}, MESH) | {"blocks": blocks}
+    return offload.place(tree, MESH) | {"blocks": blocks}
 
 
 def as_bits(tree):
@@ -88,15 +94,82 @@ def equal(a, b):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
-@pytest.mark.parametrize("layers", [None, (2, 4), (1, 3), (0, 4)], ids=str)
 @pytest.mark.parametrize(
-    "cfg, dtype, moved",
-    [(CFG, "float32", on_host), (HALF, "bfloat16", on_host), (HALF, "bfloat16", as_bits),
-     (HALF, "bfloat16", both)],
-    ids=["float32", "bfloat16", "bits", "bits on the host"],
-)  # fmt: skip
+    "cfg, dtype, moved, layers",
+    [
+        (CFG, "float32", on_host, None),
+        (CFG, "float32", on_host, (1, 3)),
+        (HALF, "bfloat16", as_bits, (2, 4)),
+        (HALF, "bfloat16", both, (0, 4)),
+    ],
+    ids=["no memory", "a memory in the middle", "bits", "bits on the host"],
+)
 def test_where_weights_wait_changes_nothing(cfg, dtype, moved, layers):
     tree = params(dtype)
     there = moved(tree)
     assert not offload.is_ready(there["blocks"]) and offload.is_ready(there["head"])
     equal(run(there, cfg, layers), run(tree, cfg, layers))
+
+
+def test_weights_that_are_there_are_not_moved(monkeypatch):
+    """Training has the program that it had."""
+
+    def loss(params):
+        context = embed_context(params, jnp.ones((1, 5, 8)), CFG)
+        return (dit(params, jnp.ones((1, 3, 4, 4, 4)), jnp.ones(1), context, CFG)[0] ** 2).sum()
+
+    monkeypatch.setattr("lvjax.models.dit.scan_ahead", None)
+    assert offload.fetch(params()) is params()
+    jax.make_jaxpr(jax.grad(loss))(params())
+    with pytest.raises(TypeError, match="not callable"):
+        jax.make_jaxpr(jax.grad(loss))(on_host(params()))
+
+
+def test_layers_come_in_order_each_once():
+    """Step i sees layer first + i of the stack."""
+    stack = {"w": offload.wait(jnp.arange(12.0).reshape(6, 2))}
+    seen = []
+
+    def step(carry, i, layer):
+        jax.debug.callback(lambda i, w: seen.append((int(i), w.tolist())), i, layer["w"])
+        return carry + layer["w"], layer["w"].sum()
+
+    total, sums = jax.jit(lambda s: offload.scan_ahead(step, jnp.zeros(2), s, (2, 5)))(stack)
+    jax.effects_barrier()
+    assert sorted(seen) == [(0, [4, 5]), (1, [6, 7]), (2, [8, 9])]
+    assert total.tolist() == [18, 21] and sums.tolist() == [9, 13, 17]
+
+
+def test_bits_are_the_same_memory(monkeypatch):
+    tree = {"a": jnp.arange(4, dtype=jnp.bfloat16), "b": jnp.ones(3)}
+    tree["c"] = offload.wait(tree["a"] + 1)
+    monkeypatch.setattr(offload, "SLICES_WIDEN", True)
+    bits = offload.as_bits(tree)
+    assert bits["b"] is tree["b"] and bits["a"].dtype == bits["c"].dtype == offload.BITS
+    for name in ("a", "c"):
+        assert bits[name].unsafe_buffer_pointer() == tree[name].unsafe_buffer_pointer()
+        assert bits[name].sharding == tree[name].sharding
+    equal(offload.fetch(bits), tree)
+    for name, value in (("SLICES_WIDEN", False), ("jax.default_backend", lambda: "gpu")):
+        monkeypatch.setattr(offload, "SLICES_WIDEN", True)
+        monkeypatch.setattr(f"lvjax.core.offload.{name}", value)
+        assert offload.as_bits(tree) is tree
+
+
+def test_no_stack_is_widened():
+    """XLA on the CPU makes float32 copies of whole stacks of bfloat16 before jax 0.11, but not of
+    what a session holds.
+    """
+    bundle = shell(replace(WIDE, dtype="bfloat16"), VAE)
+    plain = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), params_of(bundle))
+    latents, now = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 1, 8, 8, 16), (1,)))
+
+    def held(params, context):
+        program = jax.jit(lambda p, c, x, t: dit(p, x, t, c, bundle.dit)[0])
+        compiled = program.lower(params["dit"], context, latents, now).compile(QUICKLY)
+        return compiled.memory_analysis().temp_size_in_bytes / bytes_of(params["dit"])
+
+    own = context_of(bundle.dit, 1)
+    assert held(params_of(bundle), own) < 0.5
+    wide = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), own)
+    assert (held(plain, wide) > 1.5) == SLICES_WIDEN

@@ -19,9 +19,11 @@ from lvjax.models.dit import dit, embed_context
 from lvjax.rollout.method import _step
 from lvjax.run import loras as module
 from lvjax.run.adapters import Asked, as_asked, parse
-from lvjax.run.bundle import load, outline, save, weight_bytes
+from lvjax.run.bundle import outline
 from lvjax.run.encoders import load_embeddings
+from lvjax.run.weights import load, save, weight_bytes
 from tests.lora_files import PROMPT, TWO, deltas, draw, lora_arrays, write_lora, write_two_experts
+from tests.quick import quick_compiler  # noqa: F401
 from tests.tiny import DIT, relative, tiny_bundle
 
 TOLERANCE = 1e-4
@@ -69,11 +71,11 @@ def same(one, other) -> bool:
 
 
 def test_beside_and_merged_make_the_same_video(plain, files):
-    a = (files / "a.safetensors", 0.75)
-    merged = latents(lvjax.with_lora(plain, a, merge=True))
-    assert relative(latents(lvjax.with_lora(plain, a)), merged) <= TOLERANCE
+    a, b = (files / "a.safetensors", 0.75), files / "b.safetensors"
+    merged = latents(lvjax.with_lora(plain, [a, b], merge=True))
+    assert relative(latents(lvjax.with_lora(plain, [a, b])), merged) <= TOLERANCE
     assert relative(latents(plain), merged) > NOTICED
-    assert relative(latents(lvjax.with_lora(plain, (a[0], 0.7))), merged) > TOLERANCE
+    assert relative(latents(lvjax.with_lora(plain, [(a[0], 0.7), b])), merged) > TOLERANCE
 
 
 def test_two_experts_each_with_its_own(two, files):
@@ -192,6 +194,27 @@ def test_several_are_one_after_another(plain, files):
     assert same(back.params, together.params) and back.hashes == together.hashes
 
 
+def kinds(params) -> set:
+    """In which memory the blocks' arrays are."""
+    flat = flatten(params["dit"]["blocks"])
+    return {leaf.sharding.memory_kind for leaf in flat.values()}
+
+
+@pytest.mark.parametrize("merge", (False, True))
+def test_weights_that_wait_are_changed_where_they_are(plain, files, merge):
+    """Both on the way in and later; with differences, which are never kept beside."""
+    asked = [(files / "a.safetensors", 0.5), files / "b.safetensors"]
+    waits = lvjax.load(files / "model", offload=True)
+    assert kinds(waits.params) == {"pinned_host"} and kinds(plain.params) == {"device"}
+    wanted = lvjax.with_lora(plain, asked, merge)
+    changed = lvjax.with_lora(waits, asked, merge)
+    whole = lvjax.load(files / "model", lora=asked, merge=merge, offload=True)
+    for found in (changed, whole):
+        assert kinds(found.params) == {"pinned_host"} and same(found.params, wanted.params)
+    again = lvjax.without_lora(changed)
+    assert same(again.params, plain.params) and kinds(again.params) == {"pinned_host"}
+
+
 def test_hashes_tell_file_strength_order_expert_and_place(plain, two, files, tmp_path):
     a, b = files / "a.safetensors", files / "b.safetensors"
     ways = [[a], [(a, 0.5)], [b], [a, b], [b, a]]
@@ -240,7 +263,8 @@ def test_experts_that_a_model_does_not_have(plain, two, files, tmp_path):
     with pytest.raises(CheckpointError, match="each of two experts, the model has one"):
         lvjax.with_lora(plain, path)
     path = write_lora(tmp_path / "b.safetensors", lora_arrays(prefix="transformer_2."))
-    assert lvjax.with_lora(plain, path).loras[0].parts.keys() == {"dit"}
+    with pytest.raises(CheckpointError, match="the second of two experts, the model has one"):
+        lvjax.with_lora(plain, path)
 
 
 def peft(prefix="transformer.", dim=DIT.dim):

@@ -16,12 +16,13 @@ import pytest
 from lvjax.core.errors import CheckpointError, DoesNotFitError, StorageError
 from lvjax.rollout.method import compile_step
 from lvjax.run import plan as plans
-from lvjax.run.bundle import load, outline, save
+from lvjax.run.bundle import outline
 from lvjax.run.machine import measured_rate
 from lvjax.run.plan import Work, make_plan, work_of
 from lvjax.run.request import Request
 from lvjax.run.session import open_session
 from lvjax.run.state import save_state
+from lvjax.run.weights import load, save
 from tests.tiny import tiny_bundle
 
 WORK = Work(batch=1, size=(64, 64), clips=3, frames=41, steps=16, guided=True)

@@ -11,8 +11,9 @@ from PIL import Image
 
 import lvjax
 from lvjax.cli import config, drive
-from lvjax.cli.generate import OPTIONS, SIZES, make_request
+from lvjax.cli.generate import OPTIONS
 from lvjax.cli.main import main
+from lvjax.cli.request import make_request
 from lvjax.core.errors import InputError
 from lvjax.core.params import count
 from lvjax.models.config import WAN_VAE_2_1, WAN_VAE_2_2
@@ -21,7 +22,15 @@ from lvjax.rollout.condition import pixel_frames
 from lvjax.run import job
 from lvjax.run.bundle import Bundle
 from lvjax.run.defaults import Defaults
-from lvjax.run.presets import MODELS, NEGATIVE, OFFICIAL_SIZES, PRESETS, preset_of, size_notices
+from lvjax.run.presets import (
+    MODELS,
+    NEGATIVE,
+    OFFICIAL_SIZES,
+    PRESETS,
+    SIZES,
+    preset_of,
+    size_notices,
+)
 from lvjax.run.request import Request
 from lvjax.run.session import check_settings, size_for
 from tests.wan_folder import wan_folder

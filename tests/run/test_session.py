@@ -17,10 +17,10 @@ from lvjax.core.errors import CheckpointError, InputError, NonFiniteError
 from lvjax.data.prompts import encode
 from lvjax.models.pocket_text import encode_text
 from lvjax.models.vae import encode as encode_video
-from lvjax.run.bundle import load, save
 from lvjax.run.encoders import _pooled
 from lvjax.run.request import check_frames, check_timeline, frame_count
 from lvjax.run.session import _check_finite
+from lvjax.run.weights import load, save
 from tests.tiny import tiny_bundle
 
 PROMPT = "the camera pans left over a landscape"

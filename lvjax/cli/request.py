@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request from the settings of a command or a config: its files are read, its texts understood.
+
+Does not own: which settings there are (generate.py), what a request may be (run/request.py).
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+
+from lvjax.core.errors import InputError
+from lvjax.io.image import fit_image, read_image
+from lvjax.io.video import read_video
+from lvjax.run.bundle import Bundle
+from lvjax.run.defaults import Defaults
+from lvjax.run.presets import SIZES
+from lvjax.run.request import Request, check_frames, check_size, frame_count, spread
+from lvjax.run.session import check_settings, size_for, span
+
+ALTERNATIVES = (("prompt", "timeline", "prompt_file"), ("seconds", "frames"), ("image", "video"))
+SECONDS = 5.0
+MAX_VIDEOS = 100_000  # of one run
+
+
+def make_request(bundle: Bundle, options: dict) -> tuple[Request, list[str]]:
+    """A checked request from the settings; and notices about the inputs."""
+    d: Defaults = bundle.defaults
+    if options.get("seconds") is not None and options.get("frames") is not None:
+        raise InputError("both --seconds and --frames are given; give one of them")
+    if options.get("image") is not None and options.get("video") is not None:
+        raise InputError("both --image and --video are given; give one of them")
+    frames = (
+        options["frames"]
+        if options.get("frames") is not None
+        else frame_count(SECONDS if options.get("seconds") is None else options["seconds"], d.fps)
+    )
+    size = None if options.get("size") is None else check_size(_size(options["size"]), bundle)
+    count = 1 if options.get("num_videos") is None else options["num_videos"]
+    if count < 1:
+        raise InputError(f"--num-videos is {count}; give 1 or more")
+    timelines = _timelines(options, check_frames(frames), d.fps)
+    if count * len(timelines) > MAX_VIDEOS:
+        raise InputError(
+            f"{len(timelines)} prompts with --num-videos {count} are more than {MAX_VIDEOS} "
+            "videos; make them in several runs"
+        )
+    rows = [t for t in timelines for _ in range(count)]
+    request = Request(
+        tuple(rows),
+        frames,
+        negative=options.get("negative_prompt"),
+        size=size,
+        steps=options.get("steps"),
+        guidance=_guidance(options.get("guidance")),
+        seed=options.get("seed") or 0,
+        method=options.get("method"),
+        strength=options.get("strength"),
+    )
+    image, notices = None, []
+    if options.get("image") is not None:
+        image, notices = read_image(options["image"])
+    if size is None:
+        size = d.size if image is None else size_for(bundle, request, image.shape[:2])
+    start = None if image is None else fit_image(image, size)[None]
+    if options.get("video") is not None:
+        start = video_frames(bundle, request, options["video"], size)
+    last = None
+    if options.get("last_image") is not None:
+        image, more = read_image(options["last_image"])
+        last, notices = fit_image(image, size), list(dict.fromkeys([*notices, *more]))
+    request = dataclasses.replace(request, size=size, start=start, last=last)
+    check_settings(bundle, request)
+    return request, notices
+
+
+def _size(text: str) -> tuple[int, int]:
+    """ "WxH", or a name, -> (height, width)."""
+    if text in SIZES:
+        return SIZES[text]
+    found = re.fullmatch(r"(\d{1,6})[x×](\d{1,6})", str(text).strip())
+    if not found:
+        raise InputError(
+            f"--size is {text!r}; write WIDTHxHEIGHT, for example 64x64, or one of "
+            f"{', '.join(SIZES)}"
+        )
+    return int(found[2]), int(found[1])
+
+
+def _guidance(given):
+    """A number, or two for (low noise, high noise)."""
+    parts = str(given).split(",") if not isinstance(given, (list, tuple)) else given
+    if given is None:
+        return None
+    try:
+        scales = tuple(float(part) for part in parts)
+    except (TypeError, ValueError):
+        scales = ()
+    if len(scales) not in (1, 2):
+        raise InputError(f"--guidance is {given!r}; give a number, or LOW,HIGH for two experts")
+    return scales[0] if len(scales) == 1 else scales
+
+
+def video_frames(bundle: Bundle, request: Request, path, size: tuple[int, int]) -> np.ndarray:
+    """The frames of a video that a run starts from, float32 [P, H, W, 3] in [-1, 1] and of 8 bits,
+    as the card holds them.
+
+    Raises: InputError when it cannot be read.
+    """
+    end, most = span(bundle, request)
+    which = {"last": "max_frames", "first": "first"}[end]
+    video, _ = read_video(path, fps=bundle.defaults.fps, **{which: most})
+    return np.stack([fit_image(frame, size) for frame in video])
+
+
+def _timelines(options: dict, frames: int, fps: int) -> list:
+    """One timeline per prompt of a batch, or the one of --prompt / --timeline."""
+    given = [k for k in ALTERNATIVES[0] if options.get(k) is not None]
+    if len(given) != 1:
+        names = " and ".join(f"--{k.replace('_', '-')}" for k in given) or "no prompt"
+        raise InputError(f"{names} given; give one of --prompt, --timeline, --prompt-file")
+    if given == ["prompt"]:
+        return [spread(list(options["prompt"]), frames, fps)]
+    lines = read_lines(options[given[0]])
+    if given == ["prompt_file"]:
+        return [spread([x], frames, fps) for x in lines]
+    return [tuple(_moment(x, options["timeline"]) for x in lines)]
+
+
+def _moment(line: str, source) -> tuple[float, str]:
+    found = re.fullmatch(r"(?:(\d{1,6}):)?(\d{1,9}(?:\.\d{1,9})?)s?(?::(?!\d)|[,\s])\s*(.+)", line)
+    if not found or (found[1] and float(found[2]) >= 60):
+        raise InputError(
+            f"{source}: {line!r} is not a time and a prompt; write for example: 3.5 the camera "
+            "pans left, or 1:30 the camera pans left"
+        )
+    return 60 * int(found[1] or 0) + float(found[2]), found[3]
+
+
+def read_lines(path) -> list[str]:
+    """The lines of a file of prompts; empty ones and comments (# ...) are left out.
+
+    Raises: InputError when it cannot be read or holds none.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(
+            f"cannot read {path} ({e.strerror if isinstance(e, OSError) else 'not UTF-8 text'})"
+        ) from e
+    lines = [line.strip() for line in text.splitlines()]
+    if not (lines := [line for line in lines if line and not line.startswith("#")]):
+        raise InputError(f"{path} holds no prompt; write one per line")
+    return lines
