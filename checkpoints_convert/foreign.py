@@ -10,7 +10,6 @@ from checkpoints_convert.convert import check_copies, out_type, part_meta
 from checkpoints_convert.recognise import Model
 from checkpoints_convert.rules import LAYER
 from checkpoints_convert.sources import find_sources
-from checkpoints_convert.tensors import Entry, Tensors
 from lvjax.core.checkpoint import Slot
 
 
@@ -36,17 +35,15 @@ class Foreign(Mapping):
 
     def layer(self, name: str, index: int) -> np.ndarray:
         """One slice along the first axis; of an array that stays as it is, nothing else is read."""
-        place = self.places[name]
+        place, count = self.places[name], self.slots[name].shape[0]
+        if not 0 <= index < count:
+            raise IndexError(f"layer {index} of {name!r}, which has {count}")
         if LAYER in place.rule.source:
             source = place.sources[index]
             return np.ascontiguousarray(place.rule.arrays(self.tensors[source])[place.part])
-        source, plain = place.sources[0], place.rule.transform == "same"
-        entry = self.tensors.entries[source]
-        if not plain or entry.strides is not None:
+        if place.rule.transform != "same":
             return self[name][index]
-        row = Entry(entry.path, entry.dtype, entry.shape[1:], entry.start)
-        row = row._replace(start=entry.start + index * row.nbytes)
-        return Tensors({source: row})[source]
+        return self.tensors.rows(place.sources[0], index, index + 1)[0]
 
     def check(self, names: Iterable[str] | None = None) -> None:
         """Read arrays, all or some, for what the file tells of them.
@@ -56,7 +53,7 @@ class Foreign(Mapping):
         """
         for name in self.places if names is None else names:
             for source in self.places[name].sources:
-                self.tensors[source]
+                self.tensors.check(source)
 
     def compare(self, crc: dict[str, int]) -> None:
         """There is nothing to compare with."""

@@ -105,8 +105,15 @@ class Place(NamedTuple):
 
     def array(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
         """The whole array in memory."""
-        pieces = list(self.pieces(tensors))
-        return np.stack(pieces) if LAYER in self.rule.source else np.ascontiguousarray(pieces[0])
+        pieces = self.pieces(tensors)
+        if LAYER not in self.rule.source:
+            return np.ascontiguousarray(next(pieces))
+        first = next(pieces)
+        out = np.empty((len(self.sources), *first.shape), first.dtype)
+        out[0] = first
+        for index, piece in enumerate(pieces, 1):
+            out[index] = piece
+        return out
 
 
 class Plan(NamedTuple):

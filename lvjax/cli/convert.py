@@ -238,10 +238,10 @@ def _tokenizer(src: Path, dst: Path, sources: list[Source], overwrite: bool) -> 
     Raises: InputError when another one is in DST, and may not be replaced.
     """
     vocab = [s.model.cfg.vocab for s in sources if s.part == "text"]
-    if not vocab or not src.is_dir():
+    if not vocab:
         return None
     try:
-        text = load_tokenizer(src, vocab[0]).to_str()
+        text = load_tokenizer(src if src.is_dir() else src.parent, vocab[0]).to_str()
     except CheckpointError as e:
         print(f"lvjax: the text encoder has no tokenizer yet: {e}", file=sys.stderr)
         return None

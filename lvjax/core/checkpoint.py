@@ -151,6 +151,8 @@ class Stored(Mapping):
     def layer(self, name: str, index: int) -> np.ndarray:
         """One slice along the first axis.  Only the whole array has a checksum: see `layers`."""
         slot = self.slots[name]
+        if not 0 <= index < slot.shape[0]:
+            raise IndexError(f"layer {index} of {name!r}, which has {slot.shape[0]}")
         out = np.empty(slot.shape[1:], slot.dtype)
         self._read(name, index * out.nbytes, raw(out))
         return out
