@@ -6,6 +6,7 @@ A video of a batch is made again by the program of its whole batch, and only tha
 Run alone the row would differ in the last bits: a program for one row rounds otherwise than one for
 four, and the difference grows along a video.  So it costs the time and memory of the batch, which
 the plan says before anything starts.
+Of a long video that it was made of, a card has the name and the sha256; it is read again.
 """
 
 import argparse

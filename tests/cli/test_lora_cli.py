@@ -163,7 +163,8 @@ def test_a_run_without_any_is_not_resumed_with_one(model, files, tmp_path, capsy
 
 def test_two_experts(files, tmp_path, capsys):
     folder = write_two_experts(tmp_path / "two")
-    high = write_lora(tmp_path / "high.safetensors", lora_arrays(TWO, seed=5))
+    arrays = lora_arrays(TWO, seed=5) | deltas(dim=TWO.dim)
+    high = write_lora(tmp_path / "high.safetensors", arrays)
     low = write_lora(tmp_path / "low.safetensors", lora_arrays(TWO, seed=6))
     common = ("--prompt", PROMPT, "--frames", "5", "--quiet")
     common += ("--embeddings", f"{folder}/prompts.safetensors")
@@ -174,6 +175,11 @@ def test_two_experts(files, tmp_path, capsys):
         (high, 1.0, "high"),
         (low, 0.8, "low"),
     ]
+    for merged in ((), ("--merge-lora",)):
+        for place in ("none", "expert"):  # where the weights wait
+            args = (*common, *loras, *merged, "--offload", place)
+            assert generate(folder, tmp_path / f"{place}.mp4", *args, "--overwrite") == 0
+        assert digest(tmp_path / "none.mp4") == digest(tmp_path / "expert.mp4")
     swapped = ("--lora", f"low:{high}=1.0", "--lora", f"high:{low}=0.8")
     assert generate(folder, tmp_path / "b.mp4", *common, *swapped) == 0
     assert digest(tmp_path / "a.mp4") != digest(tmp_path / "b.mp4")

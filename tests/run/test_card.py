@@ -45,3 +45,31 @@ def test_every_part_of_a_card_is_needed(card, part):
         cards.check_card({k: v for k, v in card.items() if k != part}, "a.mp4")
     with pytest.raises(CheckpointError, match="a.mp4"):
         cards.check_card(card | {part: None}, "a.mp4")
+
+
+def test_weights_compare_where_both_cards_have_them(card):
+    def other(old, new):
+        return cards.other_weights(card | {"weights": old}, card | {"weights": new})
+
+    assert other({"dit": "x"}, {"dit": "x"}) == []
+    assert other({"dit": "x", "vae": "y"}, {"dit": "z", "vae": "y"}) == ["dit"]
+    for lonely in ("dit_low", "lora 1", "model"):  # another model, or one thing more
+        assert other({"dit": "x"}, {"dit": "x", lonely: "y"}) == [lonely]
+        assert other({"dit": "x", lonely: "y"}, {"dit": "x"}) == [lonely]
+    for encoder in ("text", "image"):  # as published they have no checksums
+        assert other({"dit": "x", encoder: "y"}, {"dit": "x"}) == []
+        assert other({"dit": "x", encoder: "y"}, {"dit": "x", encoder: "z"}) == [encoder]
+
+
+def test_prompts_compare_by_their_rows_or_else_by_their_file(card):
+    def other(old, new):
+        return cards.other_prompts(card | {"inputs": old}, card | {"inputs": new})
+
+    assert not other({}, {"prompts": "a", "embeddings": "b"})
+    assert not other({"prompts": "a", "embeddings": "b"}, {"prompts": "a", "embeddings": "c"})
+    assert other({"prompts": "a", "embeddings": "b"}, {"prompts": "c", "embeddings": "b"})
+    assert other({"embeddings": "b"}, {"prompts": "c", "embeddings": "d"})
+    assert not other({"embeddings": "b"}, {"prompts": "c"})
+    now = card | {"inputs": {"prompts": "b"}}
+    said = cards.differences(card | {"inputs": {"prompts": "a"}}, now)
+    assert said == ["the rows of the prompts differ"] and not cards.differences(now, now)

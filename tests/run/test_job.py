@@ -11,7 +11,7 @@ from lvjax.core.checkpoint import load_meta
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.io.video import read_video
 from lvjax.run import card as cards
-from lvjax.run import job
+from lvjax.run import job, pictures
 from lvjax.run.request import Request
 from lvjax.run.state import state_path
 from tests.tiny import tiny_bundle
@@ -114,6 +114,51 @@ def test_options_that_lack_something_are_of_another_version(bundle, key):
         with pytest.raises(CheckpointError, match="another version") as e:
             job.request_of(wrong)
         assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("key", job.LATER)
+def test_older_options_are_read_and_damaged_ones_are_not(bundle, key):
+    now = saved(card_of(bundle, Request(ROWS, 41)))
+    assert not job.is_older(now["options"])
+    older = copy.deepcopy(now)
+    del older["options"][key]
+    assert job.is_older(older["options"]) and job.request_of(older["options"]) == Request(
+        ROWS, 41, size=(16, 16)
+    )
+    job.check_same(older, now)
+    with pytest.raises(CheckpointError, match="another version"):
+        job.request_of(now["options"] | {key: {"no": "such"}})
+
+
+def test_a_long_video_is_named_held_and_compared(bundle, monkeypatch):
+    monkeypatch.setattr(pictures, "MOST", 4)
+    request = Request(ROWS, 41, start=PIXELS[0], size=(16, 16))
+    options = saved(job.options_of(request, bundle, "tiny", "a.mp4", "p.safetensors"))
+    assert job.named_video(options).endswith("/a.mp4")
+    assert job.embeddings_of(options).endswith("/p.safetensors")
+    again = job.request_of(options)
+    assert again.start.shape == PIXELS[0].shape and not again.start.any()
+    bits = pictures.as_bits(PIXELS[0])
+    again = job.with_start(again, options, bits, "a.mp4")
+    np.testing.assert_array_equal(again.start, PIXELS[0])
+    with pytest.raises(CheckpointError, match="has changed"):
+        job.with_start(again, options, 255 - bits, "a.mp4")
+    held = card_of(bundle, request)
+    job.check_same(held, held | {"options": options})
+    other = job.options_of(Request(ROWS, 41, start=-PIXELS[0]), bundle, "tiny", "a.mp4")
+    with pytest.raises(InputError, match="start frames differ"):
+        job.check_same(held, held | {"options": other})
+    with pytest.raises(CheckpointError, match="another version"):
+        job.embeddings_of(options | {"embeddings": 3})
+
+
+def test_activations_have_the_type_of_the_card(bundle):
+    card = card_of(bundle, Request(ROWS, 41))
+    assert job.with_defaults(bundle, card).dit.dtype == bundle.dit.dtype
+    card["options"]["defaults"]["dtype"] = "bfloat16"
+    assert job.with_defaults(bundle, card).dit.dtype == "bfloat16"
+    with pytest.raises(InputError, match="defaults.dtype was 'bfloat16', is None"):
+        job.check_same(card, card_of(bundle, Request(ROWS, 41)))
 
 
 def test_a_run_opens_one_session_and_saves_no_empty_memory(bundle, tmp_path, monkeypatch):

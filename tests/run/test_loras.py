@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import lvjax
 from checkpoints_convert.lora import METADATA
@@ -16,11 +17,11 @@ from checkpoints_convert.lora_file import TRAINER, open_lora
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.core.params import flatten
 from lvjax.models.dit import dit, embed_context
-from lvjax.rollout.method import _step
 from lvjax.run import loras as module
 from lvjax.run.adapters import Asked, as_asked, parse
 from lvjax.run.bundle import outline
 from lvjax.run.encoders import load_embeddings
+from lvjax.run.session import _placed, data_mesh
 from lvjax.run.weights import load, save, weight_bytes
 from tests.lora_files import PROMPT, TWO, deltas, draw, lora_arrays, write_lora, write_two_experts
 from tests.quick import quick_compiler  # noqa: F401
@@ -28,7 +29,6 @@ from tests.tiny import DIT, relative, tiny_bundle
 
 TOLERANCE = 1e-4
 NOTICED = 1e-2
-SHORT = {"num_frames": 17}
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,8 @@ def two(files):
     return dataclasses.replace(lvjax.load(files / "two"), embeddings=embeddings)
 
 
-def latents(bundle, **options):
-    return lvjax.generate(bundle, PROMPT, **(SHORT | options)).latents
+def latents(bundle):
+    return lvjax.generate(bundle, PROMPT, num_frames=5).latents
 
 
 def same(one, other) -> bool:
@@ -70,47 +70,62 @@ def same(one, other) -> bool:
     )
 
 
-def test_beside_and_merged_make_the_same_video(plain, files):
-    a, b = (files / "a.safetensors", 0.75), files / "b.safetensors"
-    merged = latents(lvjax.with_lora(plain, [a, b], merge=True))
-    assert relative(latents(lvjax.with_lora(plain, [a, b])), merged) <= TOLERANCE
-    assert relative(latents(plain), merged) > NOTICED
-    assert relative(latents(lvjax.with_lora(plain, [(a[0], 0.7), b])), merged) > TOLERANCE
+def velocity(params, cfg, rows=1, mesh=None):
+    """Of a transformer for `rows` videos, spread over the devices of a mesh; one more row changes
+    none before it.
+    """
+    video, condition, text = (
+        draw(i, rows, *shape)
+        for i, shape in enumerate(
+            ((2, 4, 4, cfg.in_channels), (2, 4, 4, cfg.condition_channels), (4, cfg.text_dim))
+        )
+    )
+    if mesh is not None:
+        video = jax.device_put(video, NamedSharding(mesh, PartitionSpec("data")))
+    return _velocity(params, video, condition, text, cfg)
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _velocity(params, video, condition, text, cfg):
+    context = embed_context(params, text, cfg)
+    return dit(params, video, jnp.full(len(video), 500.0), context, cfg, condition=condition)[0]
+
+
+def test_beside_and_merged_are_the_same(plain, files):
+    def found(*asked, merge=False):
+        return velocity(lvjax.with_lora(plain, list(asked), merge).params["dit"], plain.dit)
+
+    a, b = files / "a.safetensors", files / "b.safetensors"
+    merged = found((a, 0.75), b, merge=True)
+    assert relative(found((a, 0.75), b), merged) <= TOLERANCE
+    assert relative(found(), merged) > NOTICED
+    assert relative(found((a, 0.7), b), merged) > TOLERANCE
 
 
 def test_two_experts_each_with_its_own(two, files):
     own = [(files / "high.safetensors", 1.0, "high"), (files / "low.safetensors", 0.5, "low")]
-    merged = latents(lvjax.with_lora(two, own, merge=True), num_frames=5)
-    assert relative(latents(lvjax.with_lora(two, own), num_frames=5), merged) <= TOLERANCE
+    merged = latents(lvjax.with_lora(two, own, merge=True))
+    assert relative(latents(lvjax.with_lora(two, own)), merged) <= TOLERANCE
     for other in (own[:1], own[1:], [(*own[0][:2], "low"), (*own[1][:2], "high")]):
         found = lvjax.with_lora(two, other, merge=True)
-        assert relative(latents(found, num_frames=5), merged) > NOTICED
+        assert relative(latents(found), merged) > NOTICED
 
 
 def test_the_pocket_model(tmp_path):
     pocket = lvjax.load("pocket", dtype="float32")
     cfg = pocket.dit
     path = write_lora(tmp_path / "a.safetensors", lora_arrays(cfg, size=0.2))
-    video = draw(0, 1, 2, 4, 4, cfg.in_channels), draw(1, 1, 2, 4, 4, cfg.condition_channels)
-    text = draw(2, 1, cfg.text_len, cfg.text_dim)
-
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-    def run(params):
-        context = embed_context(params, jnp.asarray(text), cfg)
-        time = jnp.full((1,), 500.0)
-        return dit(params, jnp.asarray(video[0]), time, context, cfg, condition=video[1])[0]
-
     beside, merged = (lvjax.with_lora(pocket, path, merge) for merge in (False, True))
     assert beside.notices == ()
-    wanted = run(merged.params["dit"])
-    assert relative(run(beside.params["dit"]), wanted) <= TOLERANCE
-    assert relative(run(pocket.params["dit"]), wanted) > NOTICED
+    wanted = velocity(merged.params["dit"], cfg)
+    assert relative(velocity(beside.params["dit"], cfg), wanted) <= TOLERANCE
+    assert relative(velocity(pocket.params["dit"], cfg), wanted) > NOTICED
 
 
-def test_other_strengths_compile_nothing(plain, files):
-    one = lvjax.with_lora(plain, [(files / "a.safetensors", 0.5), files / "b.safetensors"])
-    first, programs = latents(one), _step._cache_size()
-    compiled = []
+def test_other_strengths_compile_nothing(two, files):
+    own = [(files / "high.safetensors", 0.5, "high"), (files / "low.safetensors", 1.0, "low")]
+    one = lvjax.with_lora(two, own)
+    first, compiled = latents(one), []
 
     def listen(event, seconds, **_):
         compiled.append(event)
@@ -118,17 +133,19 @@ def test_other_strengths_compile_nothing(plain, files):
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         found = latents(lvjax.with_strength(one, [-0.25, 0]))
+        before = compiled.count("/jax/core/compile/backend_compile_duration")
+        jax.jit(lambda x: x - 0.25)(1.0)
+        after = compiled.count("/jax/core/compile/backend_compile_duration")
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert _step._cache_size() == programs
-    assert compiled.count("/jax/core/compile/backend_compile_duration") == 0
-    again = lvjax.with_lora(plain, [(files / "a.safetensors", -0.25), (files / "b.safetensors", 0)])
+    assert (before, after) == (0, 1)
+    again = lvjax.with_lora(two, [(own[0][0], -0.25, "high"), (own[1][0], 0, "low")])
     assert same(again.params, lvjax.with_strength(one, [-0.25, 0.0]).params)
     np.testing.assert_array_equal(found, latents(again))
     assert relative(found, first) > NOTICED
     zero = lvjax.with_strength(one, 0)
     assert [a.strength for a in zero.loras] == [0.0, 0.0]
-    assert relative(latents(zero), latents(plain)) <= 1e-6
+    assert relative(latents(zero), latents(two)) <= 1e-6
 
 
 @pytest.mark.parametrize("merge", (False, True))
@@ -333,17 +350,19 @@ def test_what_has_no_place_is_a_notice(plain, tmp_path):
     (notice,) = found.notices
     assert notice.startswith("the LoRA x.safetensors has no place in this model for 7 of its 9")
     assert "lora_te_0.lora_down.weight" in notice and "2 more" in notice
-    assert notice in lvjax.prepare(found, PROMPT, **SHORT).notices
+    assert notice in lvjax.prepare(found, PROMPT, num_frames=5).notices
     with pytest.raises(CheckpointError, match="none of its 7 arrays belongs to this model"):
         lvjax.with_lora(plain, write_lora(tmp_path / "y.safetensors", extra))
 
 
 def test_a_batch_is_spread_over_the_devices(plain, files):
-    changed = lvjax.with_lora(plain, [files / "a.safetensors", (files / "b.safetensors", 0.5)])
-    session = lvjax.prepare(changed, [[PROMPT]] * 8, **SHORT)
-    assert len(session.state().condition.sharding.device_set) == 8
-    (clip,) = session.run()
-    assert relative(np.asarray(clip.latents)[:1], latents(changed)[0]) <= 1e-5
+    changed = lvjax.with_lora(plain, [(files / "a.safetensors", 0.75), files / "b.safetensors"])
+    mesh = data_mesh(8)
+    spread = _placed(changed, mesh)["dit"]
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(spread)} == {8}
+    found = velocity(spread, plain.dit, 8, mesh)
+    assert len(found.sharding.device_set) == 8
+    assert relative(found[:1], velocity(changed.params["dit"], plain.dit)) <= 1e-5
 
 
 def test_the_plan_counts_them(plain, files):
@@ -451,6 +470,6 @@ def strengths_are_lost(monkeypatch):
 @pytest.mark.parametrize("mutate", (experts_change_places, strengths_are_lost))
 def test_mistakes_are_noticed(two, files, mutate, monkeypatch):
     own = [(files / "high.safetensors", 1.0, "high"), (files / "low.safetensors", 0.5, "low")]
-    merged = latents(lvjax.with_lora(two, own, merge=True), num_frames=5)
+    merged = latents(lvjax.with_lora(two, own, merge=True))
     mutate(monkeypatch)
-    assert relative(latents(lvjax.with_lora(two, own), num_frames=5), merged) > NOTICED
+    assert relative(latents(lvjax.with_lora(two, own)), merged) > NOTICED

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts that were read before: their file, what it is compared with, and what is read again."""
+
+import dataclasses
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from lvjax.core.checkpoint import load_arrays, open_arrays, save_arrays
+from lvjax.core.errors import CheckpointError
+from lvjax.data import tokenizer
+from lvjax.run import encoders
+from lvjax.run.bundle import outline
+from lvjax.run.encoders import load_embeddings, notices, rows_hash, save_embeddings
+from lvjax.run.weights import stored_hash
+from tests.tiny import tiny_bundle
+from tests.wan_folder import wan_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers
+ROWS = {text: np.full((2 + i, 8), i, np.float32) for i, text in enumerate(("a fox", "a dog", "é"))}
+LONG = " ".join(["snow"] * 600)
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    return wan_folder(tmp_path_factory.mktemp("wan") / "t2v", "t2v")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_embeddings(tmp_path / "p.safetensors", ROWS, "tiny")
+    return tmp_path / "p.safetensors"
+
+
+def test_a_file_brings_the_rows_back(saved):
+    found = load_embeddings(saved, 8)
+    assert found.keys() == ROWS.keys()
+    for text, rows in found.items():
+        np.testing.assert_array_equal(rows, ROWS[text])
+
+
+@pytest.mark.parametrize(
+    ("names", "change"),
+    [
+        (("000000", "000001", "other"), {}),
+        (("000000", "000001"), {}),
+        (None, {"prompts": "abc"}),
+        (None, {"prompts": {"a": 1, "b": 2, "c": 3}}),
+        (None, {"prompts": ["a", "b", 3]}),
+        (None, {"prompts": None}),
+        (None, {"prompts": 3}),
+        (None, {"kind": "weights"}),
+    ],
+)
+def test_a_file_that_holds_something_else(saved, names, change):
+    arrays, meta = load_arrays(saved)
+    arrays = dict(zip(names or arrays, arrays.values(), strict=False))
+    save_arrays(saved, arrays, meta | change)
+    with pytest.raises(CheckpointError, match="holds no prompt embeddings"):
+        load_embeddings(saved, 8)
+
+
+def test_rows_of_another_width_or_encoder_are_refused(saved, tmp_path):
+    with pytest.raises(CheckpointError, match=r"the model takes \[tokens, 9\]"):
+        load_embeddings(saved, 9)
+    stored = []
+    for i in range(2):
+        save_arrays(tmp_path / f"{i}", {"embedding": np.full(3, i, np.float32)}, {})
+        stored.append(open_arrays(tmp_path / f"{i}"))
+    assert stored_hash(stored[0]) != stored_hash(stored[1])
+    load_embeddings(saved, 8, stored[0])  # nobody knows what made these
+    save_embeddings(saved, ROWS, "tiny", stored[0])
+    for same in (stored[0], None):
+        load_embeddings(saved, 8, same)
+    with pytest.raises(CheckpointError, match="another text encoder"):
+        load_embeddings(saved, 8, stored[1])
+
+
+def test_the_hash_is_of_the_prompts_that_are_used_and_their_rows(wan):
+    bundle = dataclasses.replace(outline(wan), embeddings=ROWS)
+    two = ["a fox", "é"]
+    own = rows_hash(bundle, two)
+    assert own == rows_hash(dataclasses.replace(bundle, embeddings=ROWS | {"x": ROWS["é"]}), two)
+    assert own not in (rows_hash(bundle, two[::-1]), rows_hash(bundle, two[:1]))
+    other = dataclasses.replace(bundle, embeddings=ROWS | {"é": ROWS["é"] + np.float32(1e-6)})
+    assert own != rows_hash(other, two)
+    assert rows_hash(tiny_bundle(), two) is None
+
+
+def test_what_is_embedded_needs_no_tokenizer(wan, tmp_path):
+    bare = shutil.copytree(wan, tmp_path / "bare")
+    shutil.rmtree(bare / "tokenizer")
+    bundle = dataclasses.replace(outline(bare), embeddings={LONG: ROWS["é"]})
+    assert notices(bundle, [LONG]) == []
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        notices(bundle, [LONG, "a fox"])
+    assert "more than 512 tokens" in notices(outline(wan), [LONG, "a fox"])[0]
+
+
+def test_the_tokenizer_is_read_once_unless_its_file_changes(wan, monkeypatch):
+    read, original = [], tokenizer.load_tokenizer
+    encoders._tokenizer.cache_clear()
+    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda *a: read.append(a) or original(*a))
+    for _ in range(3):
+        assert notices(outline(wan), ["a fox"]) == []
+    assert len(read) == 1
+    os.utime(wan / "tokenizer" / "tokenizer.json", ns=(1, 1))
+    notices(outline(wan), ["a fox"])
+    assert len(read) == 2
