@@ -196,10 +196,12 @@ STRANGERS = {
     "a part that lvjax wrote; give --to for the way back": lambda k: k.startswith(
         ("blocks/", "encoder/", "decoder/")
     ),
-    "a LoRA: give it with --lora, beside the model that it changes": lambda k: (
+    "a LoRA: give it with --lora beside the model that it changes, or write it under other "
+    "names with lvjax convert LORA DST --base MODEL": lambda k: (
         ".lora_" in k or ".lora." in k or k.startswith("lora_unet_")
     ),
-    "a file of weight differences: give it with --lora": lambda k: k.endswith(
+    "a file of weight differences: give it with --lora beside the model that it changes, or "
+    "with lvjax convert LORA DST --base MODEL": lambda k: k.endswith(
         (".diff", ".diff_b", ".diff_m")
     ),
     "a VACE model, which lvjax does not have": lambda k: "vace_blocks." in k,
