@@ -26,6 +26,7 @@ HEADER_MAX = 100_000_000  # bytes
 BLOCK = 1 << 24  # bytes read at once where nothing is kept
 OLD, FORMAT = "lvjax-arrays/1", "lvjax-arrays/2"  # the old one has no checksum of its header
 HOLE = '"header_crc32":"00000000"'
+SEAL = "crc32"  # the name of the checksum in a JSON file
 
 
 @contextmanager
@@ -254,6 +255,32 @@ def load_meta(path) -> dict:
     Raises: CheckpointError naming the file.
     """
     return open_arrays(path).meta
+
+
+def sealed(content: dict) -> bytes:
+    """A JSON object as a text for people, with a checksum of what it says."""
+    return (json.dumps(content | {SEAL: _seal(content)}, indent=1) + "\n").encode()
+
+
+def unsealed(path) -> dict:
+    """What a JSON file says.  One without a checksum, as people write it, is taken as it is.
+
+    Raises: CheckpointError when the checksum does not match; OSError, ValueError.
+    """
+    content = json.loads(Path(path).read_bytes())
+    if not isinstance(content, dict):
+        return {}
+    own = _seal({key: value for key, value in content.items() if key != SEAL})
+    if content.pop(SEAL, own) != own:
+        raise CheckpointError(
+            f"{path} does not match its checksum; restore it, or remove the line {SEAL!r} if "
+            "somebody changed it on purpose"
+        )
+    return content
+
+
+def _seal(content: dict) -> str:
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
 @contextmanager

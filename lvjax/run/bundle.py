@@ -10,7 +10,6 @@ needed, layer by layer (encoders.py).
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -20,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from checkpoints_convert.foreign import open_foreign
-from lvjax.core.checkpoint import Stored, write_atomic
+from checkpoints_convert.recognise import check_together
+from lvjax.core.checkpoint import Stored, sealed, unsealed, write_atomic
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.core.streaming import TARGETS, open_stored
 from lvjax.models.config import DiTConfig, VAEConfig
@@ -153,6 +153,10 @@ def outline(name: str | Path = "pocket") -> Bundle:
     path, head = folder / MODEL, _read(folder / MODEL)
     if missing := {"name", "defaults"} - set(head):
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; restore it")
+    if unknown := sorted(set(head) - {"name", "defaults", *OWN}):
+        raise CheckpointError(
+            f"{path} says {unknown[0]!r}, which this version of lvjax does not know; restore it"
+        )
     parts = open_parts(folder)
     if "dit" in head:
         if missing := set(OWN) - set(head):
@@ -167,13 +171,12 @@ def outline(name: str | Path = "pocket") -> Bundle:
 
 def _read(path: Path) -> dict:
     try:
-        head = json.loads(path.read_text())
+        return unsealed(path)
     except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(
             f"no model in {path.parent} ({type(e).__name__}); give 'pocket' or a folder with "
             f"{MODEL}"
         ) from e
-    return head if isinstance(head, dict) else {}
 
 
 def _configs(parts: Mapping[str, Stored], folder: Path) -> dict:
@@ -191,8 +194,10 @@ def _configs(parts: Mapping[str, Stored], folder: Path) -> dict:
         if stored.meta.get("part") != part:
             raise CheckpointError(f"{stored.path} says that it is {stored.meta.get('part')!r}")
         configs[part] = _config(CONFIGS[part], stored.meta.get("config"), stored.path)
-    if configs.get("dit_low", configs["dit"]) != configs["dit"]:
-        raise CheckpointError(f"{folder}: dit and dit_low are not two experts of one model")
+    try:
+        check_together(configs)
+    except CheckpointError as e:
+        raise CheckpointError(f"{folder}: {e}") from e
     return configs
 
 
@@ -236,7 +241,7 @@ def describe(folder: Path) -> None:
     name = preset_of(dit, 2 if "dit_low" in parts else 1)
     if not _has(folder) or _read(folder / MODEL).get("name") != name:
         head = {"name": name, "defaults": dataclasses.asdict(PRESETS[name])}
-        write_atomic(folder / MODEL, (json.dumps(head, indent=1) + "\n").encode())
+        write_atomic(folder / MODEL, sealed(head))
 
 
 def _has(folder: Path) -> bool:
