@@ -90,7 +90,7 @@ def run(args) -> int:
     with lock.hold(dst, "DST"):
         _check_place(dst, sources)
         done = {s.part for s in sources if _is_there(s, dst, args)}
-        tokenizer = _tokenizer(src, dst, sources, args.overwrite)
+        tokenizer, lacks = _tokenizer(src, dst, sources, args.overwrite)
         try:
             for source in sources:
                 _part(source, dst, args, source.part in done, total_bytes(kinds[source.part]))
@@ -102,6 +102,8 @@ def run(args) -> int:
         if tokenizer is not None:
             write_atomic(dst / TOKENIZER, tokenizer.encode())
         describe(dst)
+    if lacks:
+        print(f"lvjax: the text encoder has no tokenizer yet: {lacks}", file=sys.stderr)
     return 0
 
 
@@ -232,26 +234,26 @@ def _tell(source: Source, path: Path, facts: dict, kept: Path | None) -> None:
     )
 
 
-def _tokenizer(src: Path, dst: Path, sources: list[Source], overwrite: bool) -> str | None:
-    """The text encoder's tokenizer, if it lies beside it and is not in DST yet.
+def _tokenizer(src: Path, dst: Path, sources: list[Source], overwrite: bool):
+    """The text encoder's tokenizer, if it lies beside it and is not in DST yet, else None; and why
+    there will be none, if so.
 
     Raises: InputError when another one is in DST, and may not be replaced.
     """
     vocab = [s.model.cfg.vocab for s in sources if s.part == "text"]
     if not vocab:
-        return None
+        return None, ""
     try:
         text = load_tokenizer(src if src.is_dir() else src.parent, vocab[0]).to_str()
     except CheckpointError as e:
-        print(f"lvjax: the text encoder has no tokenizer yet: {e}", file=sys.stderr)
-        return None
+        return None, "" if (dst / TOKENIZER).exists() else str(e)
     path = dst / TOKENIZER
     with suppress(CheckpointError):
         if path.exists() and load_tokenizer(path, vocab[0]).to_str() == text:
-            return None
+            return None, ""
     if path.exists() and not overwrite:
         raise InputError(f"{path} is there and is another; use --overwrite, or another DST")
-    return text
+    return text, ""
 
 
 def _save(report: Path, facts: dict) -> None:
