@@ -38,6 +38,9 @@ LAYERS_AHEAD = 3  # of weights that wait: one on its way, one that is computed w
 # encoder's first stage: what the decoder holds, what it holds while its kernels are laid out anew,
 # and what the encoder holds.
 DECODING, LAYING_OUT, ENCODING = 1.4, 1.9, 5.85
+# Pictures that a convolution on the CPU allocates for itself, as products do their result; XLA's
+# account leaves it out.  Measured as resident memory.
+SCRATCH = 4
 RGB = 3 * 4  # bytes of a pixel of a frame in float32
 
 
@@ -69,6 +72,11 @@ def block_bytes(dit: DiTConfig, rows: int, tokens: int, keys: int) -> int:
     scores = SCORES * score_bytes(rows, dit.num_heads, tokens, keys)
     feeding = rows * tokens * (FEEDING[size] * dit.ffn_dim + 4 * dit.dim)
     return max(PROJECTING[size] * stream, ATTENDING[size] * stream + scores, feeding)
+
+
+def block_scratch(dit: DiTConfig, rows: int, tokens: int) -> int:
+    """What the largest product of a block allocates on the CPU beside XLA's account."""
+    return 4 * dit.ffn_dim * rows * tokens
 
 
 def waits(dit: DiTConfig) -> bool:
@@ -110,6 +118,11 @@ def encoding(vae: VAEConfig, latents: int, size: tuple[int, int]) -> int:
     picture *= 1 if latents > 1 else 1 / MASK
     held = min(2, latents - 1) * remembered + ENCODING * picture + RGB * pixels * MASK * latents
     return round(_kernel_bytes(vae, "encoder") + held)
+
+
+def coding_scratch(vae: VAEConfig, part: str, size: tuple[int, int]) -> int:
+    """What a convolution of "decoder" or "encoder" allocates on the CPU beside XLA's account."""
+    return round(SCRATCH * _step_bytes(vae, part, size)[1])
 
 
 def _step_bytes(vae: VAEConfig, part: str, size: tuple[int, int]) -> tuple[int, float, int]:

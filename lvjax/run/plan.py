@@ -153,9 +153,10 @@ def make_plan(bundle: Bundle, work: Work, offload: str = "none", reason: str = "
     waits = loaded_there or offload != "none"
     waiting = devices * sum(costs.stacks(bundle).values()) * waits
     state = devices * _state_bytes(bundle, work, shape, batch, rows)
-    # Saving copies the state to the host and into a file twice over.  On the CPU that is less than
-    # the same memory held while computing.
-    saving = 0 if shared else 3 * state + costs.reading(bundle)
+    # Frames come to the host in float32, and become bytes; saving copies the state to the host and
+    # into a file twice over.  On the CPU that is less than the same memory held while computing.
+    shown = work.batch * _frame_bytes(work, shape)
+    saving = 0 if shared else 3 * state + 3 * shown // 2 + costs.reading(bundle)
     return Plan(
         memory=_memory(bundle, work, shape, batch, rows, offload),
         devices=devices,
@@ -205,36 +206,56 @@ def _memory(
     bundle: Bundle, work: Work, shape: Shape, batch: int, rows: int, offload: str
 ) -> dict[str, int]:
     """Bytes on a device, by purpose, when they are most."""
-    dit, vae = bundle.dit, bundle.vae
-    grid, tokens = _tokens(bundle, work)
-    small = tuple(n // vae.spatial_stride for n in work.size)
-    stacks = costs.stacks(bundle)
     there = bool(bundle.params) and bundle.offload == "none"  # from where they do not go away
+    away = 0 if offload == "none" or there else sum(costs.stacks(bundle).values())
     held = {
-        "weights": weight_bytes(bundle)
-        - (0 if offload == "none" or there else sum(stacks.values())),
-        "prompts": len(bundle.experts) * costs.context_bytes(dit, rows),
+        "weights": weight_bytes(bundle) - away,
+        "prompts": len(bundle.experts) * costs.context_bytes(bundle.dit, rows),
     }
     if shape.kept:
+        grid, _ = _tokens(bundle, work)
         held["memory of clips"] = round(BANKS * _bank_bytes(bundle, rows, grid))
-    latents = batch * shape.latents * math.prod(small) * (vae.z + MASK) * 4
-    shown = batch * math.prod(work.size) * pixel_frames(shape.latents) * costs.RGB + latents
-    coding = [costs.decoding(vae, shape.latents, small)]
-    if shape.encoded:
-        coding.append(costs.encoding(vae, shape.encoded, small))
-    transformer = (
-        costs.block_bytes(dit, rows, tokens, shape.bank * tokens)
-        + latents
-        + costs.in_flight(bundle, offload)
-    )
-    phases = [
-        {"transformer": transformer, "frames": shown if shape.kept else 0},
-        {"autoencoder": batch * max(coding), "frames": shown},
-        *({name: size} for name, size in costs.encoders(bundle, rows).items()),
-        {"reading of weights": costs.reading(bundle) * shares_memory()},
-    ]
+    phases = _phases(bundle, work, shape, batch, rows, offload)
     most = max(phases, key=lambda phase: sum(phase.values()))
     return {name: size for name, size in (held | most).items() if size}
+
+
+def _phases(
+    bundle: Bundle, work: Work, shape: Shape, batch: int, rows: int, offload: str
+) -> list[dict[str, int]]:
+    """Bytes beside what a run holds all the time, in each part of it: a session of method wan has a
+    program for the sampler and one for the decoder; that of a method with a memory is one program,
+    and its frames are there from the beginning.
+    """
+    dit, vae, on_cpu = bundle.dit, bundle.vae, shares_memory()
+    _, tokens = _tokens(bundle, work)
+    small = tuple(n // vae.spatial_stride for n in work.size)
+    latents = batch * shape.latents * math.prod(small) * (vae.z + MASK) * 4
+    shown = batch * _frame_bytes(work, shape) + latents
+    transformer = costs.block_bytes(dit, rows, tokens, shape.bank * tokens)
+    sampling = {
+        "transformer": transformer + latents + costs.in_flight(bundle, offload),
+        "frames": shown if shape.kept else 0,
+        "scratch": on_cpu * costs.block_scratch(dit, rows, tokens),
+    }
+    coding = {"decoder": costs.decoding(vae, shape.latents, small)}
+    if shape.encoded:
+        coding["encoder"] = costs.encoding(vae, shape.encoded, small)
+    scratch = {part: on_cpu * batch * costs.coding_scratch(vae, part, small) for part in coding}
+    return [
+        sampling,
+        *(
+            {"autoencoder": batch * size, "frames": shown, "scratch": scratch[part]}
+            for part, size in coding.items()
+        ),
+        *({name: size} for name, size in costs.encoders(bundle, rows).items()),
+        {"reading of weights": on_cpu * costs.reading(bundle)},
+    ]
+
+
+def _frame_bytes(work: Work, shape: Shape) -> int:
+    """Bytes of the frames of a clip of one video, as they are decoded."""
+    return math.prod(work.size) * pixel_frames(shape.latents) * costs.RGB
 
 
 def _state_bytes(bundle: Bundle, work: Work, shape: Shape, batch: int, rows: int) -> int:

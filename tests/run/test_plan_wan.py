@@ -4,17 +4,26 @@ account of the compiled programs, and where weights should wait.
 """
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
 from lvjax.core.errors import DoesNotFitError, InputError
+from lvjax.core.params import init
 from lvjax.models import config
 from lvjax.models.config import WAN_VAE_2_1, WAN_VAE_2_2, DiTConfig
 from lvjax.run import costs
 from lvjax.run import plan as plans
+from lvjax.run.bundle import Bundle, specs
+from lvjax.run.defaults import Defaults
 from lvjax.run.plan import make_plan, propose, work_of
+from lvjax.run.weights import save
+from tests.run.test_plan import MEASURE
+from tests.tiny import TEXT
 from tests.wan_shell import peak, request, shell
 
 SMALL = DiTConfig(256, 2, 4, 1024, text_dim=64, text_len=64)
@@ -40,6 +49,11 @@ def test_operations_of_a_pass(dit, tokens, teraflops):
     assert costs.transformer_flops(dit, tokens) == pytest.approx(1e12 * teraflops, rel=0.005)
 
 
+def own(plan) -> int:
+    """What XLA accounts for."""
+    return plan.device_bytes - plan.memory["scratch"]
+
+
 @pytest.mark.parametrize(
     "dit, vae, experts, wanted",
     [
@@ -53,8 +67,8 @@ def test_operations_of_a_pass(dit, tokens, teraflops):
 def test_memory_is_within_15_percent_of_the_programs(dit, vae, experts, wanted):
     bundle = shell(dit, vae, experts)
     found, plan = peak(bundle, wanted), make_plan(bundle, work_of(wanted, bundle))
-    print(f"{found / 1e6:.1f} MB, planned {plan.device_bytes / 1e6:.1f} MB: {plan.memory}")
-    assert plan.device_bytes == pytest.approx(found, rel=0.15)
+    print(f"{found / 1e6:.1f} MB, planned {own(plan) / 1e6:.1f} MB: {plan.memory}")
+    assert own(plan) == pytest.approx(found, rel=0.15)
 
 
 @pytest.mark.long
@@ -74,8 +88,8 @@ def test_memory_of_the_published_models(dit, vae, frames, size):
     start = np.zeros((*size, 3), np.float32) if dit.condition_channels else None
     wanted = request(frames, size, start=start)
     found, plan = peak(bundle, wanted), make_plan(bundle, work_of(wanted, bundle))
-    print(f"{found / 1e9:.2f} GB, planned {plan.device_bytes / 1e9:.2f} GB: {plan.memory}")
-    assert plan.device_bytes == pytest.approx(found, rel=0.1)
+    print(f"{found / 1e9:.2f} GB, planned {own(plan) / 1e9:.2f} GB: {plan.memory}")
+    assert own(plan) == pytest.approx(found, rel=0.1)
 
 
 def test_what_the_autoencoder_remembers():
@@ -162,3 +176,22 @@ def test_weights_on_the_device_stay_there(device):
 def test_nothing_waits_where_memory_is_one():
     """On the CPU the host's memory is the device's."""
     assert propose(A14B, WORK).offload == "none"
+
+
+@pytest.mark.long
+def test_planned_memory_is_within_15_percent_of_the_peak(tmp_path):
+    """A real run of a random model on one device, its programs compiled by the run before it."""
+    dit = DiTConfig(768, 6, 4, 4480, text_dim=TEXT.dim, text_len=16)
+    vae = replace(WAN_VAE_2_1, base=48)
+    outline = Bundle("random", dit, vae, TEXT, Defaults(method="wan", steps=2), {})
+    params = {k: init(s, jax.random.key(i)) for i, (k, s) in enumerate(specs(outline).items())}
+    save(tmp_path, replace(outline, params=params), "bfloat16")
+    command = [sys.executable, "-m", "lvjax.cli.main", "generate", "--model", str(tmp_path)]
+    command += ["--prompt", "a red circle", "--frames", "9", "--size", "320x256", "--overwrite"]
+    command += ["--out", str(tmp_path / "a.mp4"), "--set", "defaults.upscale=1"]
+    line = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    planned = 1e9 * float(re.search(r"memory ([\d.]+) GB", line)[1])
+    measure = [sys.executable, "-c", MEASURE, *command]
+    peak = float(subprocess.run(measure, check=True, capture_output=True, text=True).stdout)
+    print(f"planned {planned / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB")
+    assert planned == pytest.approx(peak, rel=0.15)
