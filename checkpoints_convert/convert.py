@@ -20,6 +20,7 @@ from checkpoints_convert.files import opened
 from checkpoints_convert.read import Tensors
 from checkpoints_convert.recognise import KINDS, Model
 from checkpoints_convert.rules import LAYER, Place, Plan
+from lvjax import __version__
 from lvjax.core.dtypes import DTYPES
 from lvjax.core.errors import CheckpointError
 from lvjax.core.streaming import Kind, Kinds, write_stream
@@ -91,7 +92,8 @@ def write_part(
     def finish(crc: dict[str, int]) -> None:
         tell(report(model, plan, kinds, crc, meta | {"dtype": dtype}, source))
 
-    write_stream(path, kinds, meta, pieces, fmt, json.dumps(source), progress, finish)
+    identity = json.dumps([__version__, source])  # another version may convert otherwise
+    write_stream(path, kinds, meta, pieces, fmt, identity, progress, finish)
 
 
 def source_facts(tensors: Tensors) -> dict:
@@ -115,7 +117,7 @@ def source_facts(tensors: Tensors) -> dict:
 
 def part_meta(model: Model, part: str) -> dict:
     """What a part says of itself."""
-    return {"part": part, "kind": model.kind, "config": dataclasses.asdict(model.cfg)}
+    return {"part": part, "config": dataclasses.asdict(model.cfg)}
 
 
 def _piece(place: Place, index: int, dtype: np.dtype, tensors: Tensors) -> np.ndarray:
@@ -170,6 +172,7 @@ def report(model: Model, plan: Plan, kinds: Kinds, crc: dict, about: dict, sourc
         }
     return {
         "format": REPORT,
+        "lvjax": __version__,
         **about,
         "naming": model.layout,
         "source": source | {"used": len(used), "unused": list(plan.unused), "copies": copies},

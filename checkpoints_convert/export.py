@@ -21,6 +21,7 @@ from checkpoints_convert.unused import digest, open_unused
 from lvjax.core.checkpoint import Stored, open_arrays, write_atomic
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.core.streaming import Kind, Kinds, clean, total_bytes, write_stream
+from lvjax.models.parts import kind_of, part_spec, stored_part
 
 SHARD = 5_000_000_000  # bytes
 # Where diffusers keeps a part, and how it names the file.
@@ -64,12 +65,12 @@ def plan_export(stored: Stored, folder: Path, layout: str, shard: int = SHARD) -
     Raises: CheckpointError when the part, or what was kept beside it, does not say what it is;
       InputError for a layout that is none.
     """
-    kind, cfg = part_config(stored)
-    known = KINDS[kind]
+    part, cfg = stored_part(stored)
+    known = KINDS[kind_of(part)]
     if layout not in ("official", "diffusers"):
         raise InputError(f"layout is {layout!r}; give 'official' or 'diffusers'")
     own = known.layouts[layout == "official"]
-    names = sources_of(known.rules((), own, cfg), known.spec(cfg))
+    names = sources_of(known.rules((), own, cfg), part_spec(cfg))
     unused, copies, left_out = open_unused(stored, own)
 
     def array(name: str) -> np.ndarray:
@@ -85,7 +86,7 @@ def plan_export(stored: Stored, folder: Path, layout: str, shard: int = SHARD) -
     kinds = _kinds(names, stored)
     kinds |= {name: kinds[other] for name, other in copies.items()}
     kinds |= {name: Kind(unused.slots[name].dtype, unused.slots[name].shape) for name in unused}
-    place, stem = PLACES[stored.meta["part"]]
+    place, stem = PLACES[part]
     folder = folder / place
     shards = _shards(dict(sorted(kinds.items())), shard)
     files, texts = _file_names(stem, len(shards)), {}
@@ -158,24 +159,6 @@ def _others(plan: Export, done: set[Path]) -> list[Path]:
     near = [path for path in near if own.fullmatch(path.name) and path not in done]
     texts = plan.texts
     return [path for path in near if path not in texts or path.read_bytes() != texts[path]]
-
-
-def part_config(stored: Stored):
-    """The kind of a part, and its configuration.
-
-    Raises: CheckpointError when the file does not say, or not in words of this version.
-    """
-    try:
-        kind = stored.meta["kind"]
-        given = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in stored.meta["config"].items()
-        }
-        return kind, KINDS[kind].config_type(**given)
-    except (KeyError, TypeError, AttributeError, InputError) as e:
-        raise CheckpointError(
-            f"{stored.path} does not say what it is ({type(e).__name__}: {e}); give what `lvjax "
-            "convert` wrote"
-        ) from e
 
 
 def _kinds(names: dict, stored: Stored) -> Kinds:

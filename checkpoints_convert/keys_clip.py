@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from checkpoints_convert.keys_dit import split
-from checkpoints_convert.rules import Rule, Transform, linear_rules, norm_rules
+from checkpoints_convert.rules import Rule, Transform, column_of, linear_rules, norm_rules
 from checkpoints_convert.sizes import Shapes, count_layers, shape_of, stated
 from lvjax.core.errors import CheckpointError
 from lvjax.models.image_encoder import ImageEncoderConfig
@@ -53,17 +53,11 @@ THIRDS = Transform(  # rows q, k, v of one Linear, weight [3*d,d] or bias [3*d],
 TOKEN = Transform(lambda a: a.reshape(-1), lambda a: a.reshape(1, 1, -1))  # [1,1,d] <-> [d]
 
 
-def _column(layout: str) -> int:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r}; use one of {LAYOUTS}")
-    return LAYOUTS.index(layout)
-
-
 def clip_layout(names: Iterable[str]) -> str | None:
     """The naming of a CLIP image encoder's arrays, None when they are not those of one."""
     names = set(names)
     for layout in LAYOUTS:
-        if _prefix(names, layout) + _PATCH[_column(layout)] in names:
+        if _prefix(names, layout) + _PATCH[column_of(layout, LAYOUTS)] in names:
             return layout
     return None
 
@@ -102,7 +96,7 @@ def clip_rules(names: Iterable[str], layout: str, cfg: ImageEncoderConfig) -> tu
     names: of the checkpoint's arrays, which tell whether transformers' prefix is there; none for
       the way back, which has it.
     """
-    column, prefix = _column(layout), _prefix(names, layout)
+    column, prefix = column_of(layout, LAYOUTS), _prefix(names, layout)
     own = _official_rules() if layout == "official" else _transformers_rules(prefix)
     patch = split((cfg.channels,), (cfg.patch, cfg.patch))
     rules = [*own, Rule(prefix + _PATCH[column], "patch_embedding/kernel", patch)]
@@ -122,7 +116,7 @@ def clip_config(shapes: Shapes, config: Mapping) -> ImageEncoderConfig:
     Raises: CheckpointError when arrays are missing or contradict config.json.
     """
     layout = clip_layout(shapes) or LAYOUTS[0]
-    column, prefix = _column(layout), _prefix(shapes, layout)
+    column, prefix = column_of(layout, LAYOUTS), _prefix(shapes, layout)
     config = {} if layout == "official" else config
 
     def name(sources: tuple[str, str]) -> str:

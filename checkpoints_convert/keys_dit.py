@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from checkpoints_convert.rules import Rule, Transform, linear_rules, norm_rules
+from checkpoints_convert.rules import Rule, Transform, column_of, linear_rules, norm_rules
 from checkpoints_convert.sizes import Shapes, count_layers, shape_of, stated
 from lvjax.core.errors import CheckpointError
 from lvjax.models.config import DiTConfig
@@ -106,11 +106,12 @@ def split(channels: tuple[int, ...], patch: tuple[int, int, int]) -> Transform:
     return Transform(forward, inverse)
 
 
+LAYOUTS = ("diffusers", "official")
+
+
 def _dit_table(layout: str) -> tuple[Rule, ...]:
     """Every DiT array but patch_embedding.weight, whose split depends on the model."""
-    if layout not in ("diffusers", "official"):
-        raise ValueError(f"layout={layout!r}; use 'diffusers' or 'official'")
-    column = 0 if layout == "diffusers" else 1
+    column = column_of(layout, LAYOUTS)
     rules = []
     for path, names in _DIT_LINEARS.items():
         rules += linear_rules(names[column], path)
@@ -143,7 +144,6 @@ _SIZES = {
     "image": ("condition_embedder.image_embedder.norm1.weight", "img_emb.proj.0.weight"),
     "place": ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos"),
 }
-LAYOUTS = ("diffusers", "official")
 HEAD_DIM = 128  # of every released Wan
 
 
@@ -163,7 +163,7 @@ def dit_config(shapes: Shapes, layout: str, config: Mapping) -> DiTConfig:
       text's length) and must not contradict them.
     Raises: CheckpointError when arrays are missing, or something does not fit together.
     """
-    name = {size: names[LAYOUTS.index(layout)] for size, names in _SIZES.items()}
+    name = {size: names[column_of(layout, LAYOUTS)] for size, names in _SIZES.items()}
     dim, channels, *patch = shape_of(shapes, "patch_embedding.weight", 5)
     out_channels = shape_of(shapes, name["head"], 2)[0] // math.prod(patch)
     image = name["image"] in shapes

@@ -7,7 +7,7 @@ src/transformers/models/umt5/modeling_umt5.py.
 
 from collections.abc import Iterable, Mapping
 
-from checkpoints_convert.rules import Rule, linear_rules
+from checkpoints_convert.rules import Rule, column_of, linear_rules
 from checkpoints_convert.sizes import Shapes, count_layers, shape_of, stated
 from lvjax.models.umt5 import UMT5Config
 
@@ -39,12 +39,6 @@ _ARRAYS = {
 _TOKENIZER = Rule("spiece_model", None)
 
 
-def _column(layout: str) -> int:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r}; use one of {LAYOUTS}")
-    return LAYOUTS.index(layout)
-
-
 def umt5_layout(names: Iterable[str]) -> str | None:
     """The naming of a UMT5 text encoder's arrays, None when they are not those of one."""
     names = set(names)
@@ -66,7 +60,7 @@ def umt5_rules(names: Iterable[str], layout: str) -> tuple[Rule, ...]:
     names: of the checkpoint's arrays, which tell what the table of words is called; none for the
       way back, which calls it shared.weight.
     """
-    column, (words, *copies) = _column(layout), _words(names, layout)
+    column, (words, *copies) = column_of(layout, LAYOUTS), _words(names, layout)
     rules = [Rule(words, "embedding"), *(Rule(name, None, copy_of=words) for name in copies)]
     for path, sources in _ARRAYS.items():
         rules.append(Rule(f"{sources[column]}.weight", path))
@@ -84,7 +78,7 @@ def umt5_config(shapes: Shapes, config: Mapping) -> UMT5Config:
     Raises: CheckpointError when arrays are missing or contradict config.json.
     """
     layout = umt5_layout(shapes) or LAYOUTS[0]
-    column, config = _column(layout), {} if layout == "official" else config
+    column, config = column_of(layout, LAYOUTS), {} if layout == "official" else config
 
     def shape(sources: tuple[str, str]) -> tuple[int, ...]:
         return shape_of(shapes, f"{sources[column]}.weight".format(layer=0), 2)

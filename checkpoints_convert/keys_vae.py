@@ -8,7 +8,7 @@ huggingface/diffusers, scripts/convert_wan_to_diffusers.py.
 import math
 from collections.abc import Iterable, Mapping
 
-from checkpoints_convert.rules import Rule
+from checkpoints_convert.rules import Rule, column_of
 from checkpoints_convert.sizes import Shapes, shape_of, stated
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.models.config import WAN_VAE_2_1, WAN_VAE_2_2, VAEConfig
@@ -39,12 +39,6 @@ _OUTSIDE = {
 _POINTWISE = {"quant": ("quant_conv", "conv1"), "post_quant": ("post_quant_conv", "conv2")}
 # What the latents of a published autoencoder were normalised with, by channels and topology.
 _STATISTICS = {(c.z, c.residual): (c.mean, c.std) for c in (WAN_VAE_2_1, WAN_VAE_2_2)}
-
-
-def _column(layout: str) -> int:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r}; use 'diffusers' or 'official'")
-    return LAYOUTS.index(layout)
 
 
 def _place(coder: str, residual: bool, i: int, j: int, n: int, last: bool) -> tuple[str, str]:
@@ -87,7 +81,7 @@ def _vae_blocks(cfg: VAEConfig, coder: str):
 
 def vae_rules(cfg: VAEConfig, layout: str) -> tuple[Rule, ...]:
     """The table of an autoencoder of any size; layout "diffusers" or "official"."""
-    column = _column(layout)
+    column = column_of(layout, LAYOUTS)
     # (our path, source, transform)
     arrays = [(path, names[column], "pixel") for path, names in _POINTWISE.items()]
     for coder in ("encoder", "decoder"):
@@ -177,7 +171,7 @@ def vae_config(shapes: Shapes, layout: str, config: Mapping) -> VAEConfig:
       the published ones otherwise, and must not contradict the arrays.
     Raises: CheckpointError when arrays are missing, or something does not fit together.
     """
-    column = _column(layout)
+    column = column_of(layout, LAYOUTS)
     first, last = (f"{_OUTSIDE[name][column]}.weight" for name in ("conv_in", "head/conv"))
     base, folded = shape_of(shapes, f"encoder.{first}", 5)[:2]
     top, z = shape_of(shapes, f"decoder.{first}", 5)[:2]

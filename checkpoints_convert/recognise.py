@@ -13,11 +13,10 @@ from checkpoints_convert import hf_config, keys_clip, keys_dit, keys_umt5, keys_
 from checkpoints_convert.read import Tensors
 from checkpoints_convert.rules import Plan, Rule, find_rules, make_plan
 from lvjax.core.errors import CheckpointError, InputError
-from lvjax.models.config import WAN_T2V_1_3B, WAN_VAE_2_1, WAN_VAE_2_2, DiTConfig, VAEConfig
-from lvjax.models.dit import dit_spec
-from lvjax.models.image_encoder import ImageEncoderConfig, image_encoder_spec
-from lvjax.models.umt5 import UMT5Config, umt5_spec
-from lvjax.models.vae import vae_spec
+from lvjax.models.config import WAN_T2V_1_3B, WAN_VAE_2_1, WAN_VAE_2_2
+from lvjax.models.image_encoder import ImageEncoderConfig
+from lvjax.models.parts import part_spec
+from lvjax.models.umt5 import UMT5Config
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 FLOATS = {"float64", "float32", "float16", "bfloat16"}
@@ -28,9 +27,8 @@ class Kind(NamedTuple):
 
     title: for messages.  layout(names) -> naming, or None when the arrays are of another part.
     layouts: what its two namings are called, Hugging Face's first.
-    config(shapes, layout, config.json) -> sizes, of type `config_type`; hf_config: the way back.
-    rules(names, layout, cfg) -> key map; without names, that of the way back.  spec(cfg) -> the
-      tree of parameters.
+    config(shapes, layout, config.json) -> sizes; hf_config: the way back.
+    rules(names, layout, cfg) -> key map; without names, that of the way back.
     precise: words in the paths of parameters that half precision would harm; they keep their type
       when the rest is narrowed.
     official_config: the config.json of the official naming, where it has one.
@@ -40,10 +38,8 @@ class Kind(NamedTuple):
     layout: Callable[[Mapping], str | None]
     layouts: tuple[str, str]
     config: Callable[..., Any]
-    config_type: type
     hf_config: Callable[[Any], dict]
     rules: Callable[..., tuple[Rule, ...]]
-    spec: Callable[[Any], dict]
     precise: tuple[str, ...]
     official_config: Callable[[Any], dict] | None = None
 
@@ -54,10 +50,8 @@ KINDS = {
         keys_dit.dit_layout,
         keys_dit.LAYOUTS,
         keys_dit.dit_config,
-        DiTConfig,
         hf_config.dit_json,
         lambda names, layout, cfg: keys_dit.dit_rules(cfg, layout),
-        dit_spec,
         ("time_embedding", "time_projection", "modulation", "norm", "head"),
         hf_config.official_dit_json,
     ),
@@ -66,10 +60,8 @@ KINDS = {
         keys_vae.vae_layout,
         keys_vae.LAYOUTS,
         keys_vae.vae_config,
-        VAEConfig,
         hf_config.vae_json,
         lambda names, layout, cfg: keys_vae.vae_rules(cfg, layout),
-        vae_spec,
         ("",),  # all of it: every published run decodes in float32
     ),
     "text": Kind(
@@ -77,10 +69,8 @@ KINDS = {
         keys_umt5.umt5_layout,
         keys_umt5.LAYOUTS,
         lambda shapes, layout, config: keys_umt5.umt5_config(shapes, config),
-        UMT5Config,
         hf_config.text_json,
         lambda names, layout, cfg: keys_umt5.umt5_rules(names, layout),
-        umt5_spec,
         ("norm", "bias"),
     ),
     "image": Kind(
@@ -88,10 +78,8 @@ KINDS = {
         keys_clip.clip_layout,
         keys_clip.LAYOUTS,
         lambda shapes, layout, config: keys_clip.clip_config(shapes, config),
-        ImageEncoderConfig,
         hf_config.image_json,
         keys_clip.clip_rules,
-        image_encoder_spec,
         ("norm",),
     ),
 }
@@ -117,7 +105,7 @@ class Model:
 
     def spec(self) -> dict:
         """The parameters of lvjax's own tree."""
-        return KINDS[self.kind].spec(self.cfg)
+        return part_spec(self.cfg)
 
     def plan(self) -> Plan:
         """What goes where; raises CheckpointError for whatever does not fit."""
@@ -211,7 +199,7 @@ QUANTISED = (".scale_weight", ".weight_scale", ".scale_input", ".qweight", ".abs
 
 def _config(known: Kind, tensors: Tensors, layout: str, config: dict, name: str):
     """The sizes, with anything that does not fit together as a CheckpointError."""
-    if layout == "official" and known.config_type is not DiTConfig:
+    if layout == "official" and known is not KINDS["dit"]:
         config = {}  # in the official repositories the file beside it is the transformer's
     try:
         return known.config(tensors.shapes(), layout, config)

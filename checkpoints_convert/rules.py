@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which array of a checkpoint goes where: rules, the plan they make, and the way back.
 
-Owns: `Rule`, `Plan`, and what is done with them in memory (`convert`, `source_array`).  A plan is
+Owns: `Rule`, `Plan`, and the way back of one array (`source_array`).  A plan is
 made from names and shapes alone, so everything that does not fit is found before an array is read.
 Does not own: the tables of rules (keys_*.py), files (read*.py, write.py).
 """
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lvjax.core.errors import CheckpointError
-from lvjax.core.params import Param, flatten, unflatten
+from lvjax.core.params import Param, flatten
 
 LAYER = "{layer}"
 
@@ -72,6 +72,13 @@ class Rule(NamedTuple):
         """An array of the checkpoint in our layout: one for each target."""
         made = self.layout.forward(array)
         return made if isinstance(self.target, tuple) else (made,)
+
+
+def column_of(layout: str, layouts: tuple[str, ...]) -> int:
+    """Where a naming stands in the tables of a part, whose namings are `layouts`."""
+    if layout not in layouts:
+        raise ValueError(f"layout={layout!r}; use one of {layouts}")
+    return layouts.index(layout)
 
 
 def linear_rules(source: str, target: str, bias: bool = True) -> tuple[Rule, ...]:
@@ -231,19 +238,6 @@ def _shape(place: Place, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         return place.rule.arrays(np.broadcast_to(np.uint8(0), shape))[place.part].shape
     except (ValueError, IndexError):
         return None
-
-
-def convert(tensors: Mapping[str, np.ndarray], rules: Iterable[Rule], spec: dict) -> dict:
-    """The nested parameter tree of a checkpoint, in memory; dtypes are kept.
-
-    Raises: CheckpointError as `make_plan`, and for copies that differ.
-    """
-    shapes = {name: tuple(tensors[name].shape) for name in tensors.keys()}
-    plan = make_plan(shapes, rules, spec)
-    for name, other in plan.copies:
-        if not np.array_equal(tensors[name], tensors[other]):
-            raise CheckpointError(f"{name!r} and {other!r} must be equal and are not; keep one")
-    return unflatten({place.path: place.array(tensors) for place in plan.places})
 
 
 def sources_of(rules: Iterable[Rule], spec: dict) -> dict[str, tuple[Rule, int]]:

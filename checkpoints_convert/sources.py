@@ -14,16 +14,16 @@ from typing import NamedTuple
 from checkpoints_convert.read import open_checkpoint
 from checkpoints_convert.recognise import KINDS, Model, StrangerError, check_together, recognise
 from lvjax.core.errors import CheckpointError
+from lvjax.models.parts import PARTS
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 INDEX = ".index.json"
 DEPTH = 2
 EXPERTS = (("low", "low_noise"), ("low", "transformer_2"), ("high", "high_noise"))
-PARTS = ("dit", "dit_low", "vae", "text", "image")
 
 
 class Source(NamedTuple):
-    """A checkpoint and the part that it is: one of `PARTS`; "dit_low" is the second expert."""
+    """A checkpoint and the part that it is: one of `PARTS`, of models/parts.py."""
 
     part: str
     path: Path

@@ -138,10 +138,6 @@ class Tensors(Mapping):
         """The type that an array is stored in."""
         return np.dtype(DTYPES[self.entries[name].dtype])
 
-    def dtypes(self) -> set[str]:
-        """safetensors' names of the types of all arrays."""
-        return {entry.dtype for entry in self.entries.values()}
-
     def nbytes(self, name: str) -> int:
         """Bytes of an array in memory."""
         return self.entries[name].nbytes

@@ -108,7 +108,7 @@ def peak(bundle: Bundle, wanted: Request) -> int:
     ]
     made.append(_own(_finish_alone, parts.finish, state, carry, weights["vae"]))
     made = [bytes_of((state, carry, clip)) + size for size in made]
-    if encoded := open_wan.work(bundle, asked)["encoded"]:
+    if encoded := open_wan.clip_work(bundle, asked).encoded:
         frames = 1 + (encoded - 1) * MASK
         video = jax.ShapeDtypeStruct((batch, frames, *asked.size, 3), jnp.float32)
         code = jax.jit(encode, static_argnums=2)

@@ -18,10 +18,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from checkpoints_convert.convert import TYPES, part_kinds, part_meta, source_facts, write_part
-from checkpoints_convert.export import export_part, part_config, plan_export
+from checkpoints_convert.export import export_part, plan_export
 from checkpoints_convert.read import read_json
 from checkpoints_convert.recognise import check_together
-from checkpoints_convert.sources import PARTS, Source, find_sources
+from checkpoints_convert.sources import Source, find_sources
 from checkpoints_convert.unused import unused_path, write_unused
 from lvjax.cli.convert_lora import convert_lora
 from lvjax.core.checkpoint import write_atomic
@@ -29,6 +29,7 @@ from lvjax.core.errors import CheckpointError, InputError
 from lvjax.core.orbax_layout import OWN
 from lvjax.core.streaming import TARGETS, clean, open_stored, remove, total_bytes
 from lvjax.data.tokenizer import load_tokenizer
+from lvjax.models.parts import PARTS, stored_part
 from lvjax.run import lock
 from lvjax.run.bundle import MODEL, describe, part_path
 from lvjax.run.fingerprint import check_fingerprint
@@ -128,7 +129,7 @@ def _check_place(dst: Path, sources: list[Source]) -> None:
             if path.is_dir() and not (path / OWN).is_file():
                 raise InputError(f"{path} is a folder of others; choose another DST")
             if part not in ours:
-                beside[part] = part_config(open_stored(path))[1]
+                beside[part] = stored_part(open_stored(path))[1]
     check_together(beside | ours)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoints_convert.about_lora import is_lora, lora_facts
-from checkpoints_convert.export import part_config
 from checkpoints_convert.files import HEAD, opened
 from checkpoints_convert.lora_file import open_lora
 from checkpoints_convert.read import open_tensors
@@ -28,27 +27,20 @@ from lvjax.core.streaming import TARGETS, open_stored
 from lvjax.data.tokenizer import FILES, FOLDERS
 from lvjax.io.video import read_card
 from lvjax.models.config import DiTConfig, VAEConfig
-from lvjax.models.dit import dit_spec
-from lvjax.models.image_encoder import ImageEncoderConfig, image_encoder_spec
-from lvjax.models.pocket_text import PocketTextConfig, text_spec
-from lvjax.models.umt5 import UMT5Config, umt5_spec
-from lvjax.models.vae import vae_spec
+from lvjax.models.image_encoder import ImageEncoderConfig
+from lvjax.models.parts import PARTS, kind_of, part_spec, stored_part
+from lvjax.models.umt5 import UMT5Config
 from lvjax.run import bundle as bundles
 from lvjax.run import card as cards
 from lvjax.run import job
 from lvjax.run.defaults import Defaults
 from lvjax.run.presets import MODELS, PRESETS, preset_of
+from lvjax.run.session import OPENINGS
 from lvjax.run.timeline import short
 
-SPECS = {
-    DiTConfig: dit_spec,
-    VAEConfig: vae_spec,
-    UMT5Config: umt5_spec,
-    ImageEncoderConfig: image_encoder_spec,
-    PocketTextConfig: text_spec,
-}
 STATE = ".state"  # at the end of the name of a run's state
 SHOWN = 4  # prompts
+PICTURES = {"start": "--image photo.jpg", "last": "--last-image end.jpg"}
 
 Lines = list[tuple[str, str]]
 """What is known: a word and a text each."""
@@ -89,7 +81,7 @@ def about(path: Path) -> tuple[Lines, list[str]]:
     if is_lora(open_tensors(path)):
         return _lora(path), []
     source = find_sources(path)[0][0]
-    return _alone(source.part, source.model.kind, _foreign(source), source.model.tensors.chosen)
+    return _alone(source.part, _foreign(source), source.model.tensors.chosen)
 
 
 def is_own(path: Path) -> bool:
@@ -109,7 +101,7 @@ def own_parts(folder: Path) -> dict[str, Stored]:
     Raises: CheckpointError when one is damaged.
     """
     found = {}
-    for part in bundles.PARTS:
+    for part in PARTS:
         for target in TARGETS.values():
             place = bundles.part_path(folder, part, target.suffix)
             if place.exists() and is_own(place):
@@ -122,7 +114,7 @@ def own_parts(folder: Path) -> dict[str, Stored]:
 
 def _own(stored: Stored, cfg) -> Part:
     """A part that lvjax wrote."""
-    wanted = {name: param.shape for name, param in flatten(SPECS[type(cfg)](cfg)).items()}
+    wanted = {name: param.shape for name, param in flatten(part_spec(cfg)).items()}
     found = {name: slot.shape for name, slot in stored.slots.items()}
     other = sorted(n for n in wanted | found if wanted.get(n) != found.get(n))
     places = f"{len(found.keys() - other)} of {len(found)} arrays have their place"
@@ -154,13 +146,13 @@ def _foreign(source: Source) -> Part:
 
 
 def _own_part(stored: Stored) -> tuple[Lines, list[str]]:
-    kind, cfg = part_config(stored)
-    return _alone(stored.meta.get("part"), kind, _own(stored, cfg))
+    part, cfg = stored_part(stored)
+    return _alone(part, _own(stored, cfg))
 
 
-def _alone(name: str, kind: str, part: Part, chosen: str | None = None) -> tuple[Lines, list[str]]:
-    """One part of a model, by itself: a kind of `KINDS`.  chosen: which weights of the file."""
-    title, where = KINDS[kind].title, shlex.quote(str(part.path))
+def _alone(name: str, part: Part, chosen: str | None = None) -> tuple[Lines, list[str]]:
+    """One part of a model, by itself.  chosen: which weights of the file."""
+    title, where = KINDS[kind_of(name)].title, shlex.quote(str(part.path))
     weights = "" if chosen is None else f", the weights {chosen!r}"
     model = f"{_model(part.cfg)}, " if isinstance(part.cfg, DiTConfig) else ""
     lines = [
@@ -178,7 +170,7 @@ def _alone(name: str, kind: str, part: Part, chosen: str | None = None) -> tuple
 
 def parameters(cfg) -> str:
     """How many parameters a part has, in words."""
-    n = count(SPECS[type(cfg)](cfg))
+    n = count(part_spec(cfg))
     return f"{n / 1e9:.2f} B parameters" if n >= 1e9 else f"{n / 1e6:.1f} M parameters"
 
 
@@ -225,7 +217,7 @@ def _folder(path: Path) -> tuple[Lines, list[str]]:
             model = bundles.outline(path)
             parts = {name: _own(stored, model.config(name)) for name, stored in own.items()}
             return _model_lines(path, parts, model.name, model.defaults)
-        parts = {name: _own(s, part_config(s)[1]) for name, s in own.items()}
+        parts = {name: _own(s, stored_part(s)[1]) for name, s in own.items()}
         return _model_lines(path, parts)
     found = checkpoints(path)
     if len(found) == 1 and is_lora(open_tensors(found[0])):
@@ -234,7 +226,7 @@ def _folder(path: Path) -> tuple[Lines, list[str]]:
     parts = {s.part: _foreign(s) for s in sources}
     if len(parts) == 1 and "text" not in parts:
         (source,), (part,) = sources, parts.values()
-        return _alone(source.part, source.model.kind, part, source.model.tensors.chosen)
+        return _alone(source.part, part, source.model.tensors.chosen)
     lines, wrong = _model_lines(path, parts)
     return [*lines, *(("note", line) for line in left)], wrong
 
@@ -270,10 +262,9 @@ def _model_lines(
 
 def settings(d: Defaults) -> str:
     """The defaults of a model, in words."""
-    own = f"T-RFlow {list(d.window)}" if d.method == "error_free" else f"shift {d.shift:g}"
     return (
         f"{d.size[1]}x{d.size[0]} at {d.fps} frames/s, {d.steps} steps of {d.solver}, "
-        f"guidance {d.guidance}, {own}"
+        f"guidance {d.guidance}, {OPENINGS[d.method].words(d)}"
     )
 
 
@@ -281,9 +272,8 @@ def _uses(path: Path, parts: Mapping[str, Part], d: Defaults | None, reads: bool
     """The commands that take a folder with these parts.  reads: whether it can read prompts."""
     where, prompt, uses = shlex.quote(str(path)), '--prompt "..."', []
     if d is not None and {"dit", "vae"} <= parts.keys():
-        dit = parts["dit"].cfg
-        image = "--image photo.jpg " if dit.condition_channels and d.method == "wan" else ""
-        image += "--last-image end.jpg " if dit.image_pos_len else ""
+        needed = OPENINGS[d.method].pictures(parts["dit"].cfg)
+        image = "".join(f"{PICTURES[name]} " for name in needed)
         known = "" if reads else " --embeddings prompts.safetensors"
         uses.append(f"lvjax generate --model {where} {image}{prompt}{known}")
     if reads and isinstance(parts["text"].cfg, UMT5Config):

@@ -24,23 +24,14 @@ from lvjax.core.checkpoint import Stored, sealed, unsealed, write_atomic
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.core.streaming import TARGETS, open_stored
 from lvjax.models.config import DiTConfig, VAEConfig
-from lvjax.models.dit import dit_spec
 from lvjax.models.image_encoder import ImageEncoderConfig
-from lvjax.models.pocket_text import PocketTextConfig, text_spec
+from lvjax.models.parts import PARTS, kind_of, part_spec, read_config, stored_part
+from lvjax.models.pocket_text import PocketTextConfig
 from lvjax.models.umt5 import UMT5Config
-from lvjax.models.vae import vae_spec
 from lvjax.run.adapters import Adapter
 from lvjax.run.defaults import Defaults
 from lvjax.run.presets import PRESETS, preset_of
 
-PARTS = ("dit", "dit_low", "vae", "text", "image")
-CONFIGS = {
-    "dit": DiTConfig,
-    "dit_low": DiTConfig,
-    "vae": VAEConfig,
-    "text": UMT5Config,
-    "image": ImageEncoderConfig,
-}
 OWN = {"dit": DiTConfig, "vae": VAEConfig, "text": PocketTextConfig}  # described in model.json
 MODEL = "model.json"
 
@@ -92,16 +83,13 @@ class Bundle:
 
     def config(self, part: str):
         """The sizes of a part."""
-        return getattr(self, part.removesuffix("_low"))
+        return getattr(self, kind_of(part))
 
 
 def specs(bundle: Bundle) -> dict:
     """The parameters of the parts that are held in memory."""
-    found = {part: dit_spec(bundle.dit) for part in bundle.experts}
-    found["vae"] = vae_spec(bundle.vae)
-    if isinstance(bundle.text, PocketTextConfig):
-        found["text"] = text_spec(bundle.text)
-    return found
+    held = (*bundle.experts, "vae", *(["text"] * isinstance(bundle.text, PocketTextConfig)))
+    return {part: part_spec(bundle.config(part)) for part in held}
 
 
 def part_path(folder: Path, part: str, suffix: str) -> Path:
@@ -125,21 +113,6 @@ def open_parts(folder: Path) -> dict[str, Stored]:
     return found
 
 
-def _config(cls, values, path):
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: {cls.__name__} is {values!r}; restore the file")
-    names = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - names):
-        raise CheckpointError(
-            f"{path}: {cls.__name__} has no field {unknown[0]!r}; the model needs another "
-            "version of lvjax"
-        )
-    try:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    except (InputError, TypeError) as e:
-        raise CheckpointError(f"{path}: {e}; restore the file") from e
-
-
 def outline(name: str | Path = "pocket") -> Bundle:
     """A model without its weights: params and hashes are empty.
 
@@ -161,10 +134,10 @@ def outline(name: str | Path = "pocket") -> Bundle:
     if "dit" in head:
         if missing := set(OWN) - set(head):
             raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; restore it")
-        configs = {part: _config(cls, head[part], path) for part, cls in OWN.items()}
+        configs = {part: read_config(cls, head[part], path) for part, cls in OWN.items()}
     else:
         configs = _configs(parts, folder)
-    defaults = _config(Defaults, head["defaults"], path)
+    defaults = read_config(Defaults, head["defaults"], path)
     return _checked(Bundle(str(head["name"]), **_fields(configs), defaults=defaults, params={},
                            parts=parts, folder=folder), path)  # fmt: skip
 
@@ -193,7 +166,7 @@ def _configs(parts: Mapping[str, Stored], folder: Path) -> dict:
     for part, stored in parts.items():
         if stored.meta.get("part") != part:
             raise CheckpointError(f"{stored.path} says that it is {stored.meta.get('part')!r}")
-        configs[part] = _config(CONFIGS[part], stored.meta.get("config"), stored.path)
+        configs[part] = stored_part(stored)[1]
     try:
         check_together(configs)
     except CheckpointError as e:
@@ -237,7 +210,7 @@ def describe(folder: Path) -> None:
     parts = open_parts(folder)
     if "dit" not in parts or "dit" in (_read(folder / MODEL) if _has(folder) else {}):
         return
-    dit = _config(DiTConfig, parts["dit"].meta.get("config"), parts["dit"].path)
+    _, dit = stored_part(parts["dit"])
     name = preset_of(dit, 2 if "dit_low" in parts else 1)
     if not _has(folder) or _read(folder / MODEL).get("name") != name:
         head = {"name": name, "defaults": dataclasses.asdict(PRESETS[name])}

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints_convert.export import part_config
 from lvjax.core.checkpoint import Stored, layers
 from lvjax.core.errors import CheckpointError
 from lvjax.core.params import unflatten
@@ -23,6 +22,7 @@ from lvjax.models import dit as dits
 from lvjax.models import image_encoder, umt5, vae
 from lvjax.models.dit import Context
 from lvjax.models.dit_block import block, cross_keys_values
+from lvjax.models.parts import kind_of, stored_part
 from lvjax.nn.rope import grid_table
 
 NUMBERS = 16
@@ -136,11 +136,11 @@ def fingerprint(stored: Stored) -> list[float]:
 
     Raises: CheckpointError when the part is damaged, or what it computes is not finite.
     """
-    kind, cfg = part_config(stored)
-    if kind != "vae":
+    part, cfg = stored_part(stored)
+    if part != "vae":
         cfg = dataclasses.replace(cfg, dtype="float32")
     with jax.default_matmul_precision("highest"):  # else an accelerator rounds what it multiplies
-        out = RUNS[kind](stored, cfg).astype(np.float64).reshape(-1)
+        out = RUNS[kind_of(part)](stored, cfg).astype(np.float64).reshape(-1)
     rng = np.random.default_rng(7)
     with np.errstate(invalid="ignore"):  # infinity is told below
         found = [float(out @ rng.standard_normal(len(out))) for _ in range(NUMBERS)]

@@ -12,14 +12,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lvjax.core.errors import InputError
 from lvjax.flow.schedule import make_schedule
+from lvjax.flow.truncated import steps_needed
 from lvjax.memory.placement import init_bank, place_rows, plan_rows
 from lvjax.methods import ErrorFree, error_free
+from lvjax.methods.error_free import memory_layers
+from lvjax.models.config import DiTConfig
 from lvjax.rollout.clipwise import Clip, shard_state
 from lvjax.rollout.condition import first_condition, given_frames, pixel_frames
 from lvjax.run.bundle import Bundle
 from lvjax.run.defaults import Defaults
 from lvjax.run.encoders import Prompts
-from lvjax.run.opening import Opening, context, encoder, start_frames
+from lvjax.run.opening import ClipWork, Opening, context, encoder, start_frames
 from lvjax.run.request import Request
 from lvjax.run.timeline import Cuts
 
@@ -50,9 +53,12 @@ def settings(d: Defaults, request: Request) -> ErrorFree:
     )
 
 
-def work(bundle: Bundle, request: Request) -> dict[str, int]:
-    """Steps of the sampler; see `plan.Work`."""
-    return {"steps": request.steps}
+def clip_work(bundle: Bundle, request: Request) -> ClipWork:
+    """What a clip of a resolved request costs."""
+    d, chosen = bundle.defaults, settings(bundle.defaults, request)
+    passes = steps_needed(chosen.schedule.sigmas, d.window) + 1  # the last one to remember
+    kept, layers = d.capacity * d.clip_latents, d.layers or memory_layers(bundle.dit)
+    return ClipWork(d.clip_latents, passes, d.overlap, kept, layers)
 
 
 def given_of(d: Defaults, start) -> int:
@@ -85,6 +91,16 @@ def check(bundle: Bundle, request: Request) -> None:
         raise InputError(f"{bundle.name} has two experts; error_free is for models with one")
     settings(bundle.defaults, request)
     start_frames(request)
+
+
+def pictures(dit: DiTConfig) -> tuple[str, ...]:
+    """The fields of a request without which a model makes nothing: a start is never needed."""
+    return ()
+
+
+def words(d: Defaults) -> str:
+    """What the sampler has beside steps, solver and guidance, for people."""
+    return f"T-RFlow {list(d.window)}"
 
 
 def opening(bundle: Bundle, request: Request, prompts: Prompts, mesh) -> Opening:

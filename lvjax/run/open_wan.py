@@ -15,11 +15,12 @@ from lvjax.core.offload import place
 from lvjax.flow.schedule import make_schedule
 from lvjax.methods.wan import WanClip, WanSettings, WanState, staged, wan, wan_condition
 from lvjax.methods.wan import check as check_models
+from lvjax.models.config import DiTConfig
 from lvjax.rollout.condition import MASK, best_output_size, output_size
 from lvjax.run.bundle import Bundle
 from lvjax.run.defaults import Defaults
 from lvjax.run.encoders import Prompts, encode_pictures
-from lvjax.run.opening import Opening, context, encoder, last_frame, start_frames
+from lvjax.run.opening import ClipWork, Opening, context, encoder, last_frame, start_frames
 from lvjax.run.request import Request
 from lvjax.run.timeline import Cuts
 
@@ -49,11 +50,11 @@ def _strength(bundle: Bundle, request: Request) -> float | None:
     return STRENGTH if request.strength is None else request.strength
 
 
-def work(bundle: Bundle, request: Request) -> dict[str, int]:
-    """Steps of the sampler that are run, and latent frames that are encoded; see `plan.Work`."""
+def clip_work(bundle: Bundle, request: Request) -> ClipWork:
+    """What the clip of a resolved request costs."""
     chosen, latents = settings(bundle, request), 1 + (request.frames - 1) // MASK
     whole = bundle.dit.condition_channels > 0 or chosen.strength is not None
-    return {"steps": chosen.active.steps, "encoded": latents if whole else int(chosen.impose)}
+    return ClipWork(latents, chosen.active.steps, latents if whole else int(chosen.impose))
 
 
 def cuts(d: Defaults, request: Request) -> Cuts:
@@ -90,9 +91,10 @@ def check(bundle: Bundle, request: Request) -> None:
     start, last, tokens = start_frames(request), last_frame(request), bundle.dit.image_dim
     if start is None and request.strength is not None:
         raise InputError("a strength is given without a video; give --video, or leave it out")
-    if bundle.dit.condition_channels and start is None:
+    needed = pictures(bundle.dit)
+    if "start" in needed and start is None:
         raise InputError(f"{bundle.name} makes videos of a picture; give one with --image")
-    if bundle.dit.image_pos_len and last is None:
+    if "last" in needed and last is None:
         raise InputError(f"{bundle.name} goes from a picture to another; give --last-image too")
     if last is not None and (not bundle.dit.condition_channels or (tokens and not _two(bundle))):
         raise InputError(f"{bundle.name} takes no last picture; leave --last-image out")
@@ -112,6 +114,16 @@ def check(bundle: Bundle, request: Request) -> None:
 def _two(bundle: Bundle) -> bool:
     """Whether image tokens of two pictures are wanted."""
     return bundle.dit.image_pos_len > 0
+
+
+def pictures(dit: DiTConfig) -> tuple[str, ...]:
+    """The fields of a request without which a model makes nothing."""
+    return ("start",) * (dit.condition_channels > 0) + ("last",) * (dit.image_pos_len > 0)
+
+
+def words(d: Defaults) -> str:
+    """What the sampler has beside steps, solver and guidance, for people."""
+    return f"shift {d.shift:g}"
 
 
 def opening(bundle: Bundle, request: Request, prompts: Prompts, mesh) -> Opening:

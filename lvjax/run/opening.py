@@ -35,6 +35,26 @@ class Opening(NamedTuple):
     step: Callable[[Any, Any], tuple[Any, Any]] | None = None
 
 
+class ClipWork(NamedTuple):
+    """What one clip costs the transformer and the autoencoder.
+
+    latents: its frames.  passes: of the transformer.  encoded: latent frames that the autoencoder
+    makes of pictures.  kept: latent frames whose keys and values are held, its own among them, in
+    the half-open range `layers`; 0 for a method without a memory.
+    """
+
+    latents: int
+    passes: int
+    encoded: int
+    kept: int = 0
+    layers: tuple[int, int] = (0, 0)
+
+    @property
+    def seen(self) -> int:
+        """Latent frames that its tokens attend to where there is a memory."""
+        return max(self.latents, self.kept)
+
+
 _encode = jax.jit(encode, static_argnums=2)
 _context = jax.jit(embed_context, static_argnums=2)
 

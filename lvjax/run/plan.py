@@ -12,18 +12,15 @@ import math
 import os
 import shutil
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from lvjax.core.errors import DoesNotFitError, StorageError
-from lvjax.flow.schedule import make_schedule
-from lvjax.flow.truncated import steps_needed
-from lvjax.methods.error_free import memory_layers
 from lvjax.rollout.condition import MASK, pixel_frames
 from lvjax.run import costs
 from lvjax.run.bundle import Bundle
 from lvjax.run.machine import device_memory, host_memory, shares_memory
+from lvjax.run.opening import ClipWork
 from lvjax.run.request import Request, resolved
 from lvjax.run.session import OPENINGS, check_offload, cuts, data_mesh
 from lvjax.run.state import state_path
@@ -51,34 +48,17 @@ class Work:
     """What is to be made, as far as it costs anything.
 
     batch: videos at once.  size: (height, width) in pixels.  clips, frames: to be made of each
-    video, in clips and in pixel frames.  steps: of the sampler.  guided: whether guidance doubles
-    the batch.  encoded: latent frames that the autoencoder makes of what a run starts from, where
-    the method does not say it.
+    video, in clips and in pixel frames.  guided: whether guidance doubles the batch.  clip: what
+    the method does for each.
     """
 
     batch: int
     size: tuple[int, int]
     clips: int
     frames: int
-    steps: int
     guided: bool
+    clip: ClipWork
     method: str = "error_free"
-    encoded: int = 0
-
-
-class Shape(NamedTuple):
-    """What one clip is to the transformer and the autoencoder.
-
-    latents: frames of the clip.  bank: clips whose keys are seen, the clip itself among them.
-    kept: whether they are held in a bank.  passes: of the transformer.  encoded: latent frames that
-    the autoencoder makes of pictures.
-    """
-
-    latents: int
-    bank: int
-    kept: bool
-    passes: int
-    encoded: int
 
 
 @dataclass(frozen=True)
@@ -125,40 +105,28 @@ def work_of(request: Request, bundle: Bundle, clip: int = 0) -> Work:
         clips=parts.clips - clip,
         frames=asked.frames - parts.begin(clip),
         guided=any(scale != 1 for scale in np.atleast_1d(asked.guidance)),
+        clip=OPENINGS[asked.method].clip_work(bundle, asked),
         method=asked.method,
-        **OPENINGS[asked.method].work(bundle, asked),
     )
-
-
-def _shape(bundle: Bundle, work: Work) -> Shape:
-    """What a clip of this method is."""
-    d = bundle.defaults
-    steps = min(work.steps, 1000)  # a session refuses more
-    if work.method == "wan":
-        return Shape(1 + max(0, work.frames - 1) // MASK, 1, False, steps, work.encoded)
-    sigmas = make_schedule(steps, d.shift, d.solver).sigmas
-    passes = steps_needed(sigmas, d.window) + 1  # the last one to remember
-    return Shape(d.clip_latents, d.capacity, True, passes, d.overlap)
 
 
 def make_plan(bundle: Bundle, work: Work, offload: str = "none", reason: str = "as asked") -> Plan:
     """The plan of a run; of the bundle only the sizes and defaults are used, and where the weights
     are if it has any.
     """
-    shape = _shape(bundle, work)
     devices, shared = data_mesh(work.batch).size, shares_memory()
     batch = work.batch // devices
     rows = batch * (2 if work.guided else 1)
     loaded_there = bool(bundle.params) and bundle.offload != "none"
     waits = loaded_there or offload != "none"
     waiting = devices * sum(costs.stacks(bundle).values()) * waits
-    state = devices * _state_bytes(bundle, work, shape, batch, rows)
+    state = devices * _state_bytes(bundle, work, batch, rows)
     # Frames come to the host in float32, and become bytes; saving copies the state to the host and
     # into a file twice over.  On the CPU that is less than the same memory held while computing.
-    shown = work.batch * _frame_bytes(work, shape)
+    shown = work.batch * _frame_bytes(work)
     saving = 0 if shared else 3 * state + 3 * shown // 2 + costs.reading(bundle)
     return Plan(
-        memory=_memory(bundle, work, shape, batch, rows, offload),
+        memory=_memory(bundle, work, batch, rows, offload),
         devices=devices,
         host=round(RUNTIME) + saving + waiting,
         shared=shared,
@@ -202,9 +170,7 @@ def propose(bundle: Bundle, work: Work, offload: str = "auto") -> Plan:
 # ---- memory ------------------------------------------------------------------------
 
 
-def _memory(
-    bundle: Bundle, work: Work, shape: Shape, batch: int, rows: int, offload: str
-) -> dict[str, int]:
+def _memory(bundle: Bundle, work: Work, batch: int, rows: int, offload: str) -> dict[str, int]:
     """Bytes on a device, by purpose, when they are most."""
     there = bool(bundle.params) and bundle.offload == "none"  # from where they do not go away
     away = 0 if offload == "none" or there else sum(costs.stacks(bundle).values())
@@ -212,35 +178,33 @@ def _memory(
         "weights": weight_bytes(bundle) - away,
         "prompts": len(bundle.experts) * costs.context_bytes(bundle.dit, rows),
     }
-    if shape.kept:
-        grid, _ = _tokens(bundle, work)
-        held["memory of clips"] = round(BANKS * _bank_bytes(bundle, rows, grid))
-    phases = _phases(bundle, work, shape, batch, rows, offload)
+    held["memory of clips"] = round(BANKS * _bank_bytes(bundle, work, rows))
+    phases = _phases(bundle, work, batch, rows, offload)
     most = max(phases, key=lambda phase: sum(phase.values()))
     return {name: size for name, size in (held | most).items() if size}
 
 
 def _phases(
-    bundle: Bundle, work: Work, shape: Shape, batch: int, rows: int, offload: str
+    bundle: Bundle, work: Work, batch: int, rows: int, offload: str
 ) -> list[dict[str, int]]:
     """Bytes beside what a run holds all the time, in each part of it: a session of method wan has a
     program for the sampler and one for the decoder; that of a method with a memory is one program,
     and its frames are there from the beginning.
     """
-    dit, vae, on_cpu = bundle.dit, bundle.vae, shares_memory()
-    _, tokens = _tokens(bundle, work)
+    dit, vae, clip, on_cpu = bundle.dit, bundle.vae, work.clip, shares_memory()
+    tokens, seen = (n * math.prod(_grid(bundle, work)) for n in (clip.latents, clip.seen))
     small = tuple(n // vae.spatial_stride for n in work.size)
-    latents = batch * shape.latents * math.prod(small) * (vae.z + MASK) * 4
-    shown = batch * _frame_bytes(work, shape) + latents
-    transformer = costs.block_bytes(dit, rows, tokens, shape.bank * tokens)
+    latents = batch * clip.latents * math.prod(small) * (vae.z + MASK) * 4
+    shown = batch * _frame_bytes(work) + latents
+    transformer = costs.block_bytes(dit, rows, tokens, seen)
     sampling = {
         "transformer": transformer + latents + costs.in_flight(bundle, offload),
-        "frames": shown if shape.kept else 0,
+        "frames": shown if clip.kept else 0,
         "scratch": on_cpu * costs.block_scratch(dit, rows, tokens),
     }
-    coding = {"decoder": costs.decoding(vae, shape.latents, small)}
-    if shape.encoded:
-        coding["encoder"] = costs.encoding(vae, shape.encoded, small)
+    coding = {"decoder": costs.decoding(vae, clip.latents, small)}
+    if clip.encoded:
+        coding["encoder"] = costs.encoding(vae, clip.encoded, small)
     scratch = {part: on_cpu * batch * costs.coding_scratch(vae, part, small) for part in coding}
     return [
         sampling,
@@ -253,34 +217,30 @@ def _phases(
     ]
 
 
-def _frame_bytes(work: Work, shape: Shape) -> int:
+def _frame_bytes(work: Work) -> int:
     """Bytes of the frames of a clip of one video, as they are decoded."""
-    return math.prod(work.size) * pixel_frames(shape.latents) * costs.RGB
+    return math.prod(work.size) * pixel_frames(work.clip.latents) * costs.RGB
 
 
-def _state_bytes(bundle: Bundle, work: Work, shape: Shape, batch: int, rows: int) -> int:
+def _state_bytes(bundle: Bundle, work: Work, batch: int, rows: int) -> int:
     """Bytes of what one clip leaves to the next."""
-    grid, tokens = _tokens(bundle, work)
-    condition = batch * tokens * math.prod(bundle.dit.patch) * (MASK + bundle.vae.z) * 4
-    return condition + (_bank_bytes(bundle, rows, grid) if shape.kept else 0)
+    small = (n // bundle.vae.spatial_stride for n in work.size)
+    condition = batch * work.clip.latents * math.prod(small) * (MASK + bundle.vae.z) * 4
+    return condition + _bank_bytes(bundle, work, rows)
 
 
-def _tokens(bundle: Bundle, work: Work) -> tuple[tuple[int, int], int]:
-    """Tokens per latent frame as (height, width), and per clip."""
+def _grid(bundle: Bundle, work: Work) -> tuple[int, int]:
+    """Tokens of a latent frame, (height, width)."""
     unit = (bundle.vae.spatial_stride * p for p in bundle.dit.patch[1:])
-    grid = tuple(n // u for n, u in zip(work.size, unit, strict=True))
-    return grid, _shape(bundle, work).latents // bundle.dit.patch[0] * math.prod(grid)
+    return tuple(n // u for n, u in zip(work.size, unit, strict=True))
 
 
-def _layers(bundle: Bundle) -> tuple[int, int]:
-    """The half-open range of layers that have memory."""
-    return bundle.defaults.layers or memory_layers(bundle.dit)
-
-
-def _bank_bytes(bundle: Bundle, rows: int, grid: tuple[int, int]) -> int:
+def _bank_bytes(bundle: Bundle, work: Work, rows: int) -> int:
     """Keys and values of the remembered clips."""
-    frames = bundle.defaults.capacity * bundle.defaults.clip_latents
-    return costs.bank_bytes(bundle.dit, rows, frames, grid, _layers(bundle))
+    if not work.clip.kept:
+        return 0
+    grid = _grid(bundle, work)
+    return costs.bank_bytes(bundle.dit, rows, work.clip.kept, grid, work.clip.layers)
 
 
 # ---- time --------------------------------------------------------------------------
@@ -290,15 +250,14 @@ def _clip_flops(bundle: Bundle, work: Work, rows: int, batch: int) -> float:
     """Floating-point operations of one clip on one device: the transformer once per step of the
     sampler that is run and, with a memory, once to remember; then decoding, and encoding.
     """
-    shape, vae = _shape(bundle, work), bundle.vae
-    _, tokens = _tokens(bundle, work)
-    first, last = _layers(bundle) if shape.kept else (0, 0)
-    remembered = (last - first) * (shape.bank - 1) * tokens
+    clip, vae, frame = work.clip, bundle.vae, math.prod(_grid(bundle, work))
+    tokens, (first, last) = clip.latents * frame, clip.layers
+    remembered = (last - first) * (clip.seen - clip.latents) * frame
     size = tuple(n // vae.spatial_stride for n in work.size)
-    pictures = costs.vae_flops(vae, "decoder", shape.latents, size)
-    if shape.encoded:
-        pictures += costs.vae_flops(vae, "encoder", shape.encoded, size)
-    passes = rows * shape.passes
+    pictures = costs.vae_flops(vae, "decoder", clip.latents, size)
+    if clip.encoded:
+        pictures += costs.vae_flops(vae, "encoder", clip.encoded, size)
+    passes = rows * clip.passes
     return passes * costs.transformer_flops(bundle.dit, tokens, remembered) + batch * pictures
 
 

@@ -26,7 +26,9 @@ from lvjax.run.request import Request, resolved
 from lvjax.run.timeline import Cuts, missed_notices
 
 OPENINGS: dict[str, ModuleType] = {"error_free": open_error_free, "wan": open_wan}
-"""For each method, its `cuts`, `span`, `size_for`, `check`, `work`, `opening` and `OFFLOADS`."""
+"""For each method the module with its `cuts`, `span`, `size_for`, `check`, `pictures`, `clip_work`,
+`opening`, `words` and `OFFLOADS`.
+"""
 
 
 class ClipResult(NamedTuple):

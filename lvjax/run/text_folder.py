@@ -8,12 +8,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from checkpoints_convert.export import part_config
 from checkpoints_convert.foreign import Foreign
 from checkpoints_convert.recognise import KINDS
 from checkpoints_convert.sources import find_sources
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.core.streaming import open_stored
+from lvjax.models.parts import kind_of, stored_part
 from lvjax.models.pocket_text import PocketTextConfig
 from lvjax.models.umt5 import UMT5Config
 from lvjax.run.about import is_own, own_parts
@@ -63,8 +63,8 @@ def open_text(path: Path) -> TextFolder:
     else:
         source = find_sources(path, "text")[0][0]
         stored = Foreign(source.model, "text", source.path)
-    kind, cfg = part_config(stored)
-    if kind != "text":
-        raise CheckpointError(f"{path} is {KINDS[kind].title}; give a text encoder")
+    part, cfg = stored_part(stored)
+    if part != "text":
+        raise CheckpointError(f"{path} is {KINDS[kind_of(part)].title}; give a text encoder")
     title = f"UMT5 of {folder.resolve().name}"
     return TextFolder(title, cfg, {"text": stored}, folder, tuple(dict.fromkeys(negatives)))

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionModelWithProjection, UMT5EncoderModel
 
 import lvjax
-from checkpoints_convert.export import part_config
 from checkpoints_convert.sources import find_sources
 from lvjax.cli.main import main
 from lvjax.core.errors import CheckpointError
 from lvjax.core.mesh import make_mesh, shardings
 from lvjax.core.params import flatten, unflatten
 from lvjax.models.dit import dit, dit_spec, embed_context
+from lvjax.models.parts import stored_part
 from lvjax.run.encoders import encode_prompts
 from tests.checkpoints_convert.tiny_checkpoints import (
     bits,
@@ -202,7 +202,7 @@ def test_orbax_puts_a_converted_part_on_a_mesh(tmp_path):
     src = write(own, tmp_path, "x", "file")
     assert main(["convert", str(src), str(tmp_path / "dst"), "--format", "orbax"]) == 0
     stored = opened(tmp_path / "dst", "dit")
-    spec = dit_spec(part_config(stored)[1])
+    spec = dit_spec(stored_part(stored)[1])
     places = flatten(shardings(spec, make_mesh(fsdp=8)))
     like = {
         name: jax.ShapeDtypeStruct(slot.shape, slot.dtype, sharding=places[name])

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from checkpoints_convert.export import part_config
 from lvjax.cli.main import main
 from lvjax.core.checkpoint import Stored, save_arrays
 from lvjax.core.params import unflatten
 from lvjax.models import umt5
 from lvjax.models.dit import dit, embed_context
 from lvjax.models.image_encoder import encode_image
+from lvjax.models.parts import stored_part
 from lvjax.run import fingerprint
 from tests.checkpoints_convert.tiny_checkpoints import draw, family, opened, tiny, usual, write
 from tests.tiny import relative
@@ -44,7 +44,7 @@ def part(tmp_path, name, dtype="mixed", *options) -> tuple[Stored, str]:
 
 def whole(stored: Stored, kind: str) -> np.ndarray:
     """The same run with all weights in memory and the models' own functions."""
-    cfg = dataclasses.replace(part_config(stored)[1], dtype="float32")
+    cfg = dataclasses.replace(stored_part(stored)[1], dtype="float32")
     params = unflatten({k: jnp.asarray(stored[k].astype(np.float32)) for k in stored})
     rng = np.random.default_rng(0)
     if kind == "dit":
@@ -68,7 +68,7 @@ def whole(stored: Stored, kind: str) -> np.ndarray:
 @pytest.mark.parametrize("name", PARTS)
 def test_it_is_what_the_model_computes(tmp_path, name):
     stored, kind = part(tmp_path, name)
-    cfg = dataclasses.replace(part_config(stored)[1], dtype="float32")
+    cfg = dataclasses.replace(stored_part(stored)[1], dtype="float32")
     found, wanted = fingerprint.RUNS[kind](stored, cfg), np.asarray(whole(stored, kind))
     assert found.std() > 1e-3 and relative(found.reshape(-1), wanted.reshape(-1)) < 1e-5
     numbers = fingerprint.fingerprint(stored)

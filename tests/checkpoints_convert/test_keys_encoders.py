@@ -9,12 +9,13 @@ import pytest
 
 from checkpoints_convert.keys_clip import clip_config, clip_layout, clip_rules
 from checkpoints_convert.keys_umt5 import umt5_config, umt5_layout, umt5_rules
-from checkpoints_convert.rules import convert, make_plan, source_array, sources_of
+from checkpoints_convert.rules import make_plan, source_array, sources_of
 from lvjax.core.errors import CheckpointError
 from lvjax.core.mesh import partition
 from lvjax.core.params import flatten
 from lvjax.models.image_encoder import ImageEncoderConfig, image_encoder_spec
 from lvjax.models.umt5 import UMT5Config, umt5_spec
+from tests.checkpoints_convert.in_memory import convert
 
 MANIFESTS = Path(__file__).parent / "manifests"
 UMT5 = (umt5_layout, umt5_config, lambda names, layout, cfg: umt5_rules(names, layout), umt5_spec)
@@ -94,10 +95,6 @@ def test_the_table_of_words_under_either_name(found):
     assert umt5_layout(arrays) == "transformers"
     rules = umt5_rules(arrays, "transformers")
     np.testing.assert_array_equal(convert(arrays, rules, umt5_spec(SMALL))["embedding"], words)
-    if found == "both":
-        arrays["encoder.embed_tokens.weight"][3] += 1
-        with pytest.raises(CheckpointError, match="must be equal and are not"):
-            convert(arrays, rules, umt5_spec(SMALL))
 
 
 def test_sizes_of_a_text_encoder():

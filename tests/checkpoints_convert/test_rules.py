@@ -7,7 +7,6 @@ import pytest
 from checkpoints_convert.rules import (
     Rule,
     Transform,
-    convert,
     linear_rules,
     make_plan,
     source_array,
@@ -15,6 +14,7 @@ from checkpoints_convert.rules import (
 )
 from lvjax.core.errors import CheckpointError
 from lvjax.core.params import Param, flatten
+from tests.checkpoints_convert.in_memory import convert
 
 SPLIT = Transform(
     lambda a: (a[:, :2].T, a[:, 2:].T), lambda *parts: np.concatenate([p.T for p in parts], axis=1)
@@ -65,10 +65,6 @@ def test_what_the_model_does_not_use_is_named():
     given = arrays() | {"position_ids": np.zeros(9), "twin.weight": arrays()["embed.weight"]}
     plan = make_plan({k: a.shape for k, a in given.items()}, RULES, SPEC)
     assert plan.unused == ("position_ids",) and plan.copies == (("twin.weight", "embed.weight"),)
-    convert(given, RULES, SPEC)
-    given["twin.weight"] = given["twin.weight"] + 1
-    with pytest.raises(CheckpointError, match="'twin.weight' and 'embed.weight' must be equal"):
-        convert(given, RULES, SPEC)
 
 
 def test_refusals():

@@ -16,13 +16,13 @@ from diffusers import WanTransformer3DModel
 from einops import rearrange
 
 from checkpoints_convert.keys_dit import dit_rules
-from checkpoints_convert.rules import convert
 from lvjax.core.params import abstract
 from lvjax.models import dit as dit_module
 from lvjax.models import dit_block
 from lvjax.models.config import DiTConfig
 from lvjax.models.dit import dit, dit_spec, embed_context
 from lvjax.nn import rope
+from tests.checkpoints_convert.in_memory import convert
 from tests.tiny import relative
 
 TOLERANCE = 5e-6

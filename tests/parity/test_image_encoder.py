@@ -17,12 +17,13 @@ from einops import rearrange
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from checkpoints_convert.keys_clip import clip_config, clip_layout, clip_rules
-from checkpoints_convert.rules import convert, source_array, sources_of
+from checkpoints_convert.rules import source_array, sources_of
 from lvjax.core.errors import InputError
 from lvjax.core.params import abstract, count, flatten
 from lvjax.models import image_encoder
 from lvjax.models.image_encoder import ImageEncoderConfig, encode_image, image_encoder_spec
 from lvjax.nn.norm import layer_norm
+from tests.checkpoints_convert.in_memory import convert
 from tests.tiny import relative
 
 TOLERANCE = 5e-6

@@ -17,11 +17,11 @@ from transformers import UMT5Config as TheirConfig
 from transformers import UMT5EncoderModel
 
 from checkpoints_convert.keys_umt5 import umt5_config, umt5_layout, umt5_rules
-from checkpoints_convert.rules import convert
 from lvjax.core.errors import InputError
 from lvjax.core.params import abstract, count
 from lvjax.models import umt5
 from lvjax.models.umt5 import UMT5Config, bucket, encode_text, umt5_spec
+from tests.checkpoints_convert.in_memory import convert
 from tests.tiny import relative
 
 TOLERANCE = 5e-6

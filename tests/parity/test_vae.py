@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from checkpoints_convert.keys_vae import vae_rules
-from checkpoints_convert.rules import TRANSFORMS, convert
+from checkpoints_convert.rules import TRANSFORMS
 from lvjax.core import params as P
 from lvjax.core.errors import CheckpointError
 from lvjax.models import vae, vae_blocks
 from lvjax.models.config import WAN_VAE_2_1, VAEConfig
 from lvjax.nn import conv
+from tests.checkpoints_convert.in_memory import convert
 from tests.parity.vae_oracle import (
     NOTICED,
     QUICKLY,

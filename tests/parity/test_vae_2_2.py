@@ -16,10 +16,10 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AvgDown3D, DupUp3D
 from einops import rearrange
 
 from checkpoints_convert.keys_vae import vae_rules
-from checkpoints_convert.rules import convert
 from lvjax.core.errors import CheckpointError
 from lvjax.models import vae, vae_blocks
 from lvjax.models.config import VAEConfig
+from tests.checkpoints_convert.in_memory import convert
 from tests.parity.vae_oracle import (
     NOTICED,
     TOLERANCE,

@@ -26,7 +26,6 @@ from diffusers import (
 from diffusers.pipelines.wan import pipeline_wan_video2video
 
 from checkpoints_convert.keys_dit import dit_rules
-from checkpoints_convert.rules import convert
 from lvjax.flow.sampling import advance, prepare, shortened, switch_step
 from lvjax.flow.schedule import Schedule, make_schedule
 from lvjax.methods.wan import EXPERTS, WanSettings, stages, wan, wan_condition
@@ -36,6 +35,7 @@ from lvjax.models.vae import encode
 from lvjax.rollout import condition as condition_module
 from lvjax.rollout.clipwise import clip_noise
 from lvjax.rollout.condition import condition, frame_mask, pin
+from tests.checkpoints_convert.in_memory import convert
 from tests.parity.test_dit import Sinusoid
 from tests.parity.vae_oracle import channels_last, parameters, reference
 from tests.tiny import relative

@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from checkpoints_convert.keys_vae import vae_rules
-from checkpoints_convert.rules import convert
 from lvjax.models import vae
+from tests.checkpoints_convert.in_memory import convert
 from tests.tiny import relative
 
 TOLERANCE = 1e-5

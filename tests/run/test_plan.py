@@ -18,6 +18,7 @@ from lvjax.rollout.method import compile_step
 from lvjax.run import plan as plans
 from lvjax.run.bundle import outline
 from lvjax.run.machine import measured_rate
+from lvjax.run.opening import ClipWork
 from lvjax.run.plan import Work, make_plan, work_of
 from lvjax.run.request import Request
 from lvjax.run.session import open_session
@@ -25,7 +26,8 @@ from lvjax.run.state import save_state
 from lvjax.run.weights import load, save
 from tests.tiny import tiny_bundle
 
-WORK = Work(batch=1, size=(64, 64), clips=3, frames=41, steps=16, guided=True)
+CLIP = ClipWork(latents=5, passes=15, encoded=2, kept=30, layers=(2, 4))
+WORK = Work(batch=1, size=(64, 64), clips=3, frames=41, guided=True, clip=CLIP)
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +55,13 @@ def test_an_outline_is_the_model_without_its_weights(pocket, tmp_path):
 
 
 def test_work_is_what_the_request_costs(pocket):
-    d = pocket.defaults
-    assert work_of(request(3), pocket) == change(WORK, batch=3, steps=d.steps)
+    assert work_of(request(3), pocket) == change(WORK, batch=3)
     assert not work_of(request(guidance=1.0), pocket).guided
     for shape, clips in (((64, 64, 3), 3), ((3, 64, 64, 3), 3), ((2, 9, 64, 64, 3), 4)):
         assert work_of(request(start=np.zeros(shape, np.float32)), pocket).clips == clips
     left = work_of(request(), pocket, clip=2)
     assert (left.clips, left.frames) == (1, 12)
-    assert work_of(request(), pocket, clip=3) == change(WORK, clips=0, frames=0, steps=d.steps)
+    assert work_of(request(), pocket, clip=3) == change(WORK, clips=0, frames=0)
 
 
 def operations(jaxpr) -> float:
