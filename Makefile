@@ -21,10 +21,10 @@ demo: $(BIN)/.core
 	$(BIN)/lvjax generate --config demo --out demo.mp4 --overwrite
 
 test: $(BIN)/.test
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 test-long: $(BIN)/.test
-	$(BIN)/python -m pytest -q tests -m long
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -q tests -m long
 
 # Kernel correctness and benchmarks on the accelerator at hand; from the source tree, nothing is installed.
 gpu:

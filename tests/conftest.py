@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The suite runs on the CPU with 8 simulated devices, strict dtype promotion and no silent rank
-promotion.
+promotion.  XLA leaves out most optimisations, also in the commands that tests start: the
+compiler takes more time than the small models do.  The files that import `tests.full` have them
+all; JAX_DISABLE_MOST_OPTIMIZATIONS=0 gives them to every test, as `make test-long` does.
 """
 
 import gc
@@ -8,6 +10,7 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402
 

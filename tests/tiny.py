@@ -8,12 +8,12 @@ import dataclasses
 import jax
 import numpy as np
 
-from lvjax.core.params import init
 from lvjax.data.prompts import VOCABULARY
 from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.pocket_text import PocketTextConfig
 from lvjax.run.bundle import Bundle, specs
 from lvjax.run.defaults import Defaults
+from tests.drawn import drawn
 
 DIT = DiTConfig(
     32,
@@ -50,7 +50,7 @@ def tiny_bundle() -> Bundle:
     """Random weights; the head is damped, so that rounding does not grow along a rollout."""
     outline = Bundle("tiny", DIT, VAE, TEXT, DEFAULTS, {})
     parts = specs(outline)
-    params = {k: init(s, jax.random.key(i)) for i, (k, s) in enumerate(parts.items())}
+    params = {k: drawn(s, i) for i, (k, s) in enumerate(parts.items())}
     head = params["dit"]["head"]["linear"]
     head["kernel"] = 0.05 * jax.random.normal(jax.random.key(9), head["kernel"].shape)
     hashes = {k: "0" * 64 for k in parts}

@@ -32,7 +32,6 @@ from tests.drawn import drawn
 from tests.lora_files import TWO, draw, write_two_experts
 from tests.lora_files import lora_arrays as made_for
 from tests.lora_files import write_lora as write
-from tests.quick import quick_compiler  # noqa: F401
 from tests.tiny import DIT, tiny_bundle
 
 T2V = DiTConfig(dim=32, num_heads=2, num_layers=2, ffn_dim=48, text_dim=16, dtype="float32")

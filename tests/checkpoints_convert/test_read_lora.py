@@ -23,7 +23,6 @@ from lvjax.core.errors import CheckpointError
 from lvjax.models.dit import dit, embed_context
 from lvjax.models.lora import attach, merge
 from tests.parity.test_dit import VARIANTS, inputs, official_name, oracle, params
-from tests.quick import quick_compiler  # noqa: F401
 from tests.tiny import relative
 
 torch.set_num_threads(1)  # more wait for each other

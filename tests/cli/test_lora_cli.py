@@ -17,7 +17,6 @@ from lvjax.run.loras import with_lora
 from lvjax.run.weights import load
 from tests.cli.commands import PROMPTS, generate, interrupted
 from tests.lora_files import PROMPT, TWO, deltas, draw, lora_arrays, write_lora, write_two_experts
-from tests.quick import quick_compiler  # noqa: F401
 
 SHORT = (*PROMPTS, "--frames", "29", "--seed", "3")
 

@@ -18,6 +18,7 @@ from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.dit import dit_spec, embed_context
 from lvjax.models.vae import vae_spec
 from lvjax.rollout.method import _step, rollout
+from tests.full import full_compiler  # noqa: F401
 from tests.tiny import relative
 
 DIT = DiTConfig(

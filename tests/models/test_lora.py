@@ -19,7 +19,6 @@ from lvjax.models import lora as module
 from lvjax.models.dit import dit, dit_spec, embed_context
 from lvjax.models.lora import Delta, Lora, LowRank, attach, detach, merge
 from lvjax.nn.linear import linear
-from tests.quick import quick_compiler  # noqa: F401
 from tests.tiny import SMALL_DIT as CFG
 from tests.tiny import relative
 

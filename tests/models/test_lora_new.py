@@ -11,7 +11,6 @@ from lvjax.core.params import flatten, init, unflatten
 from lvjax.models.dit import dit, dit_spec, embed_context
 from lvjax.models.lora import Lora, LowRank, adapters, as_lora, attach, detach, lora_spec, within
 from tests.drawn import drawn
-from tests.quick import quick_compiler  # noqa: F401
 from tests.tiny import SMALL_DIT as CFG
 from tests.tiny import relative
 

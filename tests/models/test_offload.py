@@ -19,6 +19,7 @@ from lvjax.memory.cache import init_cache, open_past
 from lvjax.models.config import WAN_VAE_2_1, DiTConfig
 from lvjax.models.dit import dit, dit_spec, embed_context
 from lvjax.nn.rope import grid_table
+from tests.full import full_compiler  # noqa: F401
 from tests.tiny import SMALL_DIT
 from tests.wan_shell import QUICKLY, bytes_of, shell
 from tests.wan_shell import context as context_of

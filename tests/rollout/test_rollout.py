@@ -27,6 +27,7 @@ from lvjax.nn.rope import grid_table, rotate
 from lvjax.rollout.clipwise import Clip, shard_state
 from lvjax.rollout.condition import blank, condition, first_condition, pin
 from lvjax.rollout.method import Method, _step, compile_step, rollout, stream
+from tests.full import full_compiler  # noqa: F401
 from tests.tiny import relative
 
 DIT = DiTConfig(

@@ -24,7 +24,6 @@ from lvjax.run.encoders import load_embeddings
 from lvjax.run.session import _placed, data_mesh
 from lvjax.run.weights import load, save, weight_bytes
 from tests.lora_files import PROMPT, TWO, deltas, draw, lora_arrays, write_lora, write_two_experts
-from tests.quick import quick_compiler  # noqa: F401
 from tests.tiny import DIT, relative, tiny_bundle
 
 TOLERANCE = 1e-4

@@ -11,6 +11,7 @@ from lvjax.core.params import abstract
 from lvjax.models import vae
 from lvjax.models.config import WAN_VAE_2_1, WAN_VAE_2_2
 from lvjax.run import costs
+from tests.full import full_compiler  # noqa: F401
 
 SIZE, LATENTS = (44, 80), 3
 both = pytest.mark.parametrize("cfg", [WAN_VAE_2_1, WAN_VAE_2_2], ids=["2.1", "2.2"])

@@ -8,12 +8,10 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 
 from lvjax.core.errors import DoesNotFitError, InputError
-from lvjax.core.params import init
 from lvjax.models import config
 from lvjax.models.config import WAN_VAE_2_1, WAN_VAE_2_2, DiTConfig
 from lvjax.run import costs
@@ -22,6 +20,8 @@ from lvjax.run.bundle import Bundle, specs
 from lvjax.run.defaults import Defaults
 from lvjax.run.plan import make_plan, propose, work_of
 from lvjax.run.weights import save
+from tests.drawn import drawn
+from tests.full import full_compiler  # noqa: F401
 from tests.run.test_plan import MEASURE
 from tests.tiny import TEXT
 from tests.wan_shell import peak, request, shell
@@ -184,7 +184,7 @@ def test_planned_memory_is_within_15_percent_of_the_peak(tmp_path):
     dit = DiTConfig(768, 6, 4, 4480, text_dim=TEXT.dim, text_len=16)
     vae = replace(WAN_VAE_2_1, base=48)
     outline = Bundle("random", dit, vae, TEXT, Defaults(method="wan", steps=2), {})
-    params = {k: init(s, jax.random.key(i)) for i, (k, s) in enumerate(specs(outline).items())}
+    params = {k: drawn(s, i) for i, (k, s) in enumerate(specs(outline).items())}
     save(tmp_path, replace(outline, params=params), "bfloat16")
     command = [sys.executable, "-m", "lvjax.cli.main", "generate", "--model", str(tmp_path)]
     command += ["--prompt", "a red circle", "--frames", "9", "--size", "320x256", "--overwrite"]

@@ -13,7 +13,6 @@ import pytest
 import lvjax
 from lvjax.cli.main import main
 from lvjax.core.errors import InputError
-from lvjax.core.params import init
 from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.run import open_wan
 from lvjax.run.bundle import Bundle, specs
@@ -21,6 +20,7 @@ from lvjax.run.defaults import Defaults
 from lvjax.run.request import Request
 from lvjax.run.session import open_session
 from lvjax.run.weights import save
+from tests.drawn import drawn
 from tests.tiny import tiny_bundle
 
 DIT = DiTConfig(32, 2, 3, 48, text_dim=8, text_len=4, freq_dim=16, dtype="float32")
@@ -36,7 +36,7 @@ def experts() -> Bundle:
     rows = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
     shell = Bundle("tiny-a14b", DIT, VAE, None, DEFAULTS, {}, parts={"dit": None, "dit_low": None},
                    embeddings={PROMPT: rows[0], "": rows[1]})  # fmt: skip
-    params = {k: init(s, jax.random.key(i)) for i, (k, s) in enumerate(specs(shell).items())}
+    params = {k: drawn(s, i) for i, (k, s) in enumerate(specs(shell).items())}
     for part in shell.experts:
         head = params[part]["head"]["linear"]
         head["kernel"] = 0.05 * jax.random.normal(jax.random.key(9), head["kernel"].shape)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lvjax.core.params import init
 from lvjax.data.clips import (
     CLIP_FRAMES,
     camera_words,
@@ -32,13 +31,14 @@ from lvjax.nn.rope import grid_table, rotate
 from lvjax.rollout.condition import condition
 from lvjax.train.extension import ExtensionTask, condition_of, extension_loss, local_start
 from lvjax.train.loop import TrainOptions
+from tests.drawn import drawn
 from tests.tiny import DIT, TEXT
 
 HEADS = DiTConfig(256, 2, 1, 64, condition_channels=20, patch=(1, 1, 1), text_dim=16, text_len=16)
 
 
 def test_every_row_of_a_prompt_differs_from_the_same_row_of_another():
-    params = init(text_spec(TEXT), jax.random.key(0))
+    params = drawn(text_spec(TEXT), 0)
     ids = [encode(p)[0] for p in ("the camera pans left", "the camera pans right", "a red circle")]
     text = np.asarray(encode_text(params, np.stack([*ids, np.zeros_like(ids[0])]), TEXT))
     rows = np.sqrt(np.square(text[:, None] - text[None]).mean(-1))
@@ -83,8 +83,8 @@ def test_frames_of_another_prompt_are_always_given():
 
 
 def test_the_loss_counts_no_frame_below_the_least():
-    params = {"dit": init(dit_spec(DIT), jax.random.key(0)),
-              "text": init(text_spec(TEXT), jax.random.key(1))}  # fmt: skip
+    params = {"dit": drawn(dit_spec(DIT), 0),
+              "text": drawn(text_spec(TEXT), 1)}  # fmt: skip
     z = np.random.default_rng(0).standard_normal((2, 5, 4, 4, 16)).astype(np.float32)
     loss = jax.jit(extension_loss(DIT, TEXT, Recipe().task))
 
@@ -174,8 +174,8 @@ def test_a_stage_may_ask_for_objects_that_enter():
 
 
 def test_errors_on_an_object_count_more():
-    params = {"dit": init(dit_spec(DIT), jax.random.key(0)),
-              "text": init(text_spec(TEXT), jax.random.key(1))}  # fmt: skip
+    params = {"dit": drawn(dit_spec(DIT), 0),
+              "text": drawn(text_spec(TEXT), 1)}  # fmt: skip
     covered = np.zeros((2, 5, 4, 4), np.float32)
     covered[:, 2:, 1, 1] = 1
     loud = np.where(covered[..., None] > 0, 3.0, 0.1) * np.ones(16, np.float32)
@@ -189,7 +189,7 @@ def test_errors_on_an_object_count_more():
 
 
 def test_attention_begins_near_and_cross_attention_silent():
-    params = local_start(init(dit_spec(HEADS), jax.random.key(0)), HEADS)
+    params = local_start(drawn(dit_spec(HEADS), 0), HEADS)
     attention = jax.tree.map(lambda a: a[0], params["blocks"]["self_attn"])
     bias = {n: attention[n]["bias"].reshape(1, 1, 2, 128) for n in ("q", "k")}
     table = grid_table(np.arange(3, dtype=np.int32), 5, 5, 128)

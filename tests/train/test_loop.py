@@ -15,7 +15,6 @@ import pytest
 
 from lvjax.core.checkpoint import load_arrays
 from lvjax.core.errors import CheckpointError, NonFiniteError
-from lvjax.core.params import init
 from lvjax.core.signals import interruptible
 from lvjax.lab.batches import latent_batches
 from lvjax.lab.recipe import Stage
@@ -25,6 +24,7 @@ from lvjax.models.vae import vae_spec
 from lvjax.train.autoencoder import autoencoder_loss, inflate
 from lvjax.train.extension import ExtensionTask, condition_of, extension_loss
 from lvjax.train.loop import TrainOptions, fit, init_state, load_snapshot, make_optimizer, make_step
+from tests.drawn import drawn
 from tests.tiny import DIT, TEXT, VAE
 
 OPTIONS = TrainOptions(steps=12, learning_rate=1e-2, warmup=2, log_every=3, save_every=0.0)
@@ -140,7 +140,7 @@ def test_a_damaged_or_foreign_snapshot_is_refused(tmp_path):
 
 
 def tiny_params():
-    params = init({"dit": dit_spec(DIT), "text": text_spec(TEXT)}, jax.random.key(0))
+    params = drawn({"dit": dit_spec(DIT), "text": text_spec(TEXT)}, 0)
     head = params["dit"]["head"]["linear"]
     head["kernel"] = 0.1 * jax.random.normal(jax.random.key(1), head["kernel"].shape)
     return params
@@ -207,7 +207,7 @@ def test_extension_loss_ignores_given_frames_and_learns():
 
 
 def test_inflated_autoencoder_repeats_a_picture_in_time():
-    params = inflate(init(vae_spec(VAE), jax.random.key(0)))
+    params = inflate(drawn(vae_spec(VAE), 0))
     still = np.broadcast_to(
         np.random.default_rng(0).integers(0, 255, (1, 1, 16, 16, 3), np.uint8), (1, 5, 16, 16, 3)
     )
