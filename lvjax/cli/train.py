@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folder",
         default="runs/pocket",
-        help="where the run lives; it goes on from the newest snapshot there",
+        help="where the run lives; it goes on from the newest checkpoint there",
     )
-    parser.add_argument("--minutes", type=float, help="stop after this long, snapshot saved")
+    parser.add_argument("--minutes", type=float, help="stop after this long, checkpoint saved")
 
 
 def run(args) -> int:
@@ -57,7 +57,7 @@ def run(args) -> int:
 
 def _train(recipe: Recipe, run: Run) -> int:
     """Train; returns the exit code.  A signal ends a stage after the step in flight, with a
-    snapshot (`fit`), and preparation at once: what it had finished is found again.
+    checkpoint (`fit`), and preparation at once: what it had finished is found again.
     """
     try:
         bundle = train(recipe, run)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arrays on disk: one safetensors file with a crc32 per array, written atomically.
 
-Owns: saving and loading flat dicts of arrays (weights, run states, training snapshots), and the
+Owns: saving and loading flat dicts of arrays (weights, run states), and the
 format of the file.
 Does not own: what the arrays mean, or reading other people's checkpoints (checkpoints_convert).
 """

@@ -65,6 +65,15 @@ def shardings(spec: Spec, mesh, rules=None):
     return map_spec(lambda p: NamedSharding(mesh, partition(p.axes, rules)), spec)
 
 
+def constrain(x, *axes: str | None):
+    """x inside a compiled function, laid out by logical axes over the mesh in force
+    (`jax.set_mesh`); as it is where there is none.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition(axes))
+
+
 def shard_batch(tree, mesh):
     """Place every array of `tree` with its leading axis over `data`."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("data")))

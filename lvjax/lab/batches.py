@@ -36,8 +36,8 @@ def video_batches(stage: Stage, store: ClipStore):
 
 
 def latent_batches(stage: Stage, latents: np.ndarray, store: ClipStore, stride: int):
-    """step -> {"latents", "ids", "least", "covered"} and, with memory, clips before them; a
-    function of the step.
+    """step -> what `extension_loss` needs, with `stage.memory` clips before each; a function of the
+    step.
 
     A clip whose prompt is new begins with frames of another one: these must be given (`least`).
     The gap to each earlier clip is its true one or, in half the batches, longer by up to 500 latent
@@ -65,21 +65,28 @@ def latent_batches(stage: Stage, latents: np.ndarray, store: ClipStore, stride: 
             pick = np.where(rng.random(stage.batch) < stage.enters, other, pick)
         v, c = videos[pick], clips[pick]
         c = np.where(rng.random(stage.batch) < stage.first, 0, c)
+        each = c[:, None] - np.append(back, 0)[None, :]  # [B, K]
+        them = v[:, None], each
         out = {
-            "latents": latents[v, c][:, : stage.frames],
-            "ids": ids[v, c],
-            "least": least[v, c],
-            "covered": coverage(objects[v, c], latents.shape[2:5])[:, : stage.frames],
+            "latents": latents[them][:, :, : stage.frames],
+            "text": ids[them],
+            "null": np.zeros_like(ids[v, c]),
+            "least": least[them],
+            "covered": np.stack([covered(v, at) for at in each.T], axis=1),
         }
         if not stage.memory:
             return out
         far = int(np.exp(rng.uniform(0, np.log(500)))) if rng.random() < 0.5 else 0
-        past = v[:, None], c[:, None] - back[None, :]
+        places = np.append(-(back * stride + far), 0).astype(np.int32)
+        seen = np.tri(len(places), k=-1, dtype=bool)
         return out | {
-            "history": latents[past][:, :, : stage.frames],
-            "history_ids": ids[past],
-            "history_gap": np.tile((back * stride + far).astype(np.int32), (stage.batch, 1)),
+            "frame": np.tile(places, (stage.batch, 1)),
+            "given": np.where(each == 0, 0, latents.shape[2] - stride).astype(np.int32),
+            "visible": np.tile(seen, (stage.batch, 1, 1)),
         }
+
+    def covered(v, c):
+        return coverage(objects[v, c], latents.shape[2:5])[:, : stage.frames]
 
     return batch
 

@@ -41,7 +41,7 @@ from lvjax.models.pocket_text import PocketTextConfig, text_spec
 from lvjax.models.vae import vae_spec
 from lvjax.run.defaults import Defaults
 from lvjax.run.weights import save
-from lvjax.train.loop import TrainOptions
+from lvjax.train.state import TrainOptions
 
 GPU_BATCH = 8
 RESERVE = 15.0  # seconds kept for writing the piece
@@ -179,7 +179,11 @@ def parse(argv: list[str] | None):
     add("--minutes", type=float, default=9.0, help="length of this piece (default: 9)")
     add("--state", type=Path, required=True, help="folder with earlier pieces, at any depth")
     add("--out", type=Path, required=True, help="folder for the new piece; may be --state")
-    add("--work", type=Path, help="keep clips and snapshots here (default: a folder removed after)")
+    add(
+        "--work",
+        type=Path,
+        help="keep clips and checkpoints here (default: a folder removed after)",
+    )
     add("--bundle", type=Path, help="write the model so far as a folder for lvjax.load")
     add("--tiny", action="store_true", help="two steps of each kind of stage, small")
     return parser.parse_args(argv)

@@ -20,10 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lvjax.core.checkpoint import load_arrays, save_arrays, tree_arrays
+from lvjax.core.checkpoint import load_arrays, restore_tree, save_arrays, tree_arrays
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.core.params import abstract
-from lvjax.train.loop import SNAPSHOT, init_state, make_optimizer
+from lvjax.train.checkpoints import Checkpoints, is_begun
+from lvjax.train.loop import METRICS
+from lvjax.train.state import TrainState, init_state, make_optimizer, split
 
 MAX_FILES, MAX_BYTES = 4, 16_000_000
 HEADER = 400_000  # kept free in each file for names, checksums and metrics
@@ -49,15 +51,22 @@ LEVELS = (
 
 
 class Group(NamedTuple):
-    """Stages that train one tree of parameters, in order, and the spec of that tree."""
+    """Stages that train one tree of parameters, in order, and the spec of that tree.
+
+    Of the parameters that no stage has moved yet nothing is kept: the recipe draws them again.
+    """
 
     name: str
     stages: tuple
     spec: dict
 
 
-def _snapshot(work: Path, stage) -> Path:
-    return work / stage.name / SNAPSHOT
+def _like(group: Group, stage) -> TrainState:
+    """A state of a stage, of zeros."""
+    trained, _ = split(abstract(group.spec), stage.frozen)
+    optimizer = make_optimizer(stage.options)
+    like = jax.eval_shape(lambda p: init_state(p, optimizer), trained)
+    return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), like)
 
 
 def _done(work: Path, stage) -> Path:
@@ -72,14 +81,14 @@ def collect(work: Path, groups: Iterable[Group]) -> tuple[dict[str, np.ndarray],
     arrays, stages, metrics, running = {}, {}, {}, None
     for group in groups:
         for stage in group.stages:
-            if not _snapshot(work, stage).exists():
+            if not is_begun(work / stage.name):
                 continue
-            found, meta = load_arrays(_snapshot(work, stage))
+            with Checkpoints(work / stage.name) as saved:
+                found = tree_arrays(saved.restore(_like(group, stage))[0])
             done = _done(work, stage).exists()
-            stages[stage.name] = {"step": meta["step"], "done": done}
-            log = work / stage.name / "metrics.jsonl"
+            stages[stage.name] = {"step": int(found["step"]), "done": done}
+            log = work / stage.name / METRICS
             metrics[stage.name] = log.read_text() if log.exists() else ""
-            arrays = {k: v for k, v in arrays.items() if not k.startswith(f"{group.name}/")}
             kept = found if not done else {k: v for k, v in found.items() if k.startswith("ema/")}
             arrays |= {f"{group.name}/{k}": v for k, v in kept.items()}
             running = None if done else group.name
@@ -188,27 +197,26 @@ def unpack(work: Path, arrays: dict, description: dict, groups: Iterable[Group])
             facts = description["stages"].get(stage.name)
             if facts is None:
                 continue
-            path = _snapshot(work, stage)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_arrays(path, _state(own, group, stage, facts), {"step": facts["step"]})
-            (path.parent / "metrics.jsonl").write_text(description["metrics"][stage.name])
+            state, folder = _state(own, _like(group, stage), stage, facts), work / stage.name
+            with Checkpoints(folder) as saved:
+                saved.save(state, {"batch": facts["step"]})
+            (folder / METRICS).write_text(description["metrics"][stage.name])
             if facts["done"]:
                 _done(work, stage).touch()
 
 
-def _state(own: dict, group: Group, stage, facts: dict) -> dict[str, np.ndarray]:
-    """The arrays of a whole `TrainState` in float32."""
-    optimizer = make_optimizer(stage.options)
-    like = jax.eval_shape(lambda p: init_state(p, optimizer), abstract(group.spec))
-    like = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), like)
+def _state(own: dict, like: TrainState, stage, facts: dict) -> TrainState:
+    """A whole state, its arrays in float32."""
     out = {}
     for name, a in tree_arrays(like).items():
         tree, _, rest = name.partition("/")
         if name == "step" or (tree == "opt" and a.ndim == 0):
             out[name] = np.asarray(facts["step"], a.dtype)
+        elif name == "key":
+            out[name] = np.asarray(jax.random.key_data(jax.random.key(stage.options.seed)))
         elif facts["done"] or name not in own:
             weights = own.get(f"ema/{rest}")
             out[name] = np.zeros_like(a) if tree == "opt" else weights.astype(a.dtype)
         else:
             out[name] = own[name].astype(a.dtype)
-    return out
+    return jax.tree.map(jnp.asarray, restore_tree(like, out))

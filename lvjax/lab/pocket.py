@@ -2,8 +2,8 @@
 """Training the pocket model from nothing: autoencoder, latents, video-extension DiT, decoder, and
 the package's weights.
 
-One folder holds the whole run: rendered clips, one subfolder per stage with its snapshot and
-metrics, and the bundle.  Every stage resumes from its newest snapshot, so the same call goes on
+One folder holds the whole run: rendered clips, one subfolder per stage with its checkpoints and
+metrics, and the bundle.  Every stage resumes from its newest checkpoint, so the same call goes on
 where it stopped; a stage that is done is skipped.  `lvjax train` calls it; gpu_train.py does the
 same in pieces whose state travels in a few small files.
 """
@@ -20,10 +20,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from lvjax.core.checkpoint import load_arrays, restore_tree, write_atomic
+from lvjax.core.checkpoint import write_atomic
 from lvjax.core.errors import CheckpointError
-from lvjax.core.params import abstract, init
+from lvjax.core.mesh import make_mesh
+from lvjax.core.params import init
 from lvjax.data.clips import CLIP_FRAMES, ClipStore, open_array, read_mark
 from lvjax.data.world import SIZE
 from lvjax.lab.batches import latent_batches, video_batches
@@ -31,20 +33,15 @@ from lvjax.lab.recipe import Recipe, Stage
 from lvjax.methods.error_free import memory_layers
 from lvjax.models.config import VAEConfig
 from lvjax.models.dit import dit_spec
-from lvjax.models.pocket_text import text_spec
+from lvjax.models.pocket_text import encode_text, text_spec
 from lvjax.models.vae import encode_moments, normalise, vae_spec
 from lvjax.run.bundle import Bundle
 from lvjax.run.weights import load, save
 from lvjax.train.autoencoder import autoencoder_loss, inflate
+from lvjax.train.checkpoints import Checkpoints, is_begun
 from lvjax.train.extension import extension_loss, local_start
-from lvjax.train.loop import (
-    SNAPSHOT,
-    fit,
-    init_state,
-    load_snapshot,
-    make_optimizer,
-    make_step,
-)
+from lvjax.train.loop import Indexed, Outside, fit
+from lvjax.train.state import TrainState, init_state, joined, make_optimizer, make_step, split
 
 
 @dataclass
@@ -94,27 +91,18 @@ def train(recipe: Recipe, run: Run) -> Bundle | None:
 
 
 def assemble(recipe: Recipe, folder) -> Bundle:
-    """The bundle of a run that may still be going on: the EMA of the newest snapshot of each part.
+    """The bundle of a run that may still be going on: the EMA of the newest checkpoints.
 
     A DiT that has not been trained with memory yet gets a bank of one clip, its own.
-    Raises: CheckpointError when a part has no snapshot yet.
+    Raises: CheckpointError when a part has no checkpoint yet.
     """
     folder = Path(folder)
     begun = load(recipe.start).params if recipe.start else {}
-    vae = newest(
-        folder, recipe.autoencoder + recipe.decoder, vae_spec(recipe.vae), begun.get("vae")
-    )
-    dit = newest(
-        folder,
-        recipe.extension,
-        {"dit": dit_spec(recipe.dit), "text": text_spec(recipe.text)},
-        begun and {"dit": begun["dit"], "text": begun["text"]},
-    )
+    vae = newest(folder, recipe.autoencoder + recipe.decoder, first_vae(recipe, begun), begun)
+    dit = newest(folder, recipe.extension, first_dit(recipe, begun), begun)
     stats = json.loads((folder / "latents.json").read_text())
     cfg = dataclasses.replace(recipe.vae, mean=tuple(stats["mean"]), std=tuple(stats["std"]))
-    remembers = any(
-        stage.memory and (folder / stage.name / SNAPSHOT).exists() for stage in recipe.extension
-    )
+    remembers = any(stage.memory and is_begun(folder / stage.name) for stage in recipe.extension)
     defaults = dataclasses.replace(
         recipe.defaults,
         layers=memory_layers(recipe.dit),
@@ -123,19 +111,48 @@ def assemble(recipe: Recipe, folder) -> Bundle:
     return Bundle("pocket", recipe.dit, cfg, recipe.text, defaults, {"vae": vae, **dit})
 
 
-def newest(folder: Path, stages: tuple[Stage, ...], spec, begun=None):
-    """EMA parameters of the last of `stages` that has a snapshot, else `begun`."""
-    paths = [p for stage in stages if (p := folder / stage.name / SNAPSHOT).exists()]
-    if not paths and begun:
-        return begun
-    if not paths:
-        raise CheckpointError(f"no snapshot of {[s.name for s in stages]} in {folder}; train first")
-    arrays, _ = load_arrays(paths[-1])
-    return restore_tree(
-        abstract(spec),
-        {k[4:]: v for k, v in arrays.items() if k.startswith("ema/")},
-        str(paths[-1]),
-    )
+def first_vae(recipe: Recipe, begun=None):
+    """The autoencoder before its first stage, or that of `begun`."""
+    return begun["vae"] if begun else inflate(init(vae_spec(recipe.vae), _key(recipe, 0)))
+
+
+def first_dit(recipe: Recipe, begun=None):
+    """{"dit", "text"} before the first stage, or those of `begun`."""
+    if begun:
+        return {part: begun[part] for part in ("dit", "text")}
+    spec = {"dit": dit_spec(recipe.dit), "text": text_spec(recipe.text)}
+    params = init(spec, _key(recipe, 1))
+    return params | {"dit": local_start(params["dit"], recipe.dit)}
+
+
+def _key(recipe: Recipe, part: int):
+    return jax.random.key(recipe.seed + part)
+
+
+def begin(stage: Stage, params) -> tuple[TrainState, dict]:
+    """The state before a stage, and the parameters that it does not move."""
+    trained, fixed = split(params, stage.frozen)
+    return init_state(trained, make_optimizer(stage.options), stage.options.seed), fixed
+
+
+def newest(folder: Path, stages: tuple[Stage, ...], params, begun=None):
+    """The parameters after the stages that have a checkpoint, each as its average has them.
+
+    Raises: CheckpointError when none has, and there is nothing that was begun with.
+    """
+    there = [stage for stage in stages if is_begun(folder / stage.name)]
+    if not there and not begun:
+        names = [stage.name for stage in stages]
+        raise CheckpointError(f"no checkpoint of {names} in {folder}; train first")
+    for stage in there:
+        params = _after(stage, params, folder)
+    return params
+
+
+def _after(stage: Stage, params, folder: Path):
+    state, fixed = begin(stage, params)
+    with Checkpoints(folder / stage.name) as saved:
+        return joined(saved.restore(state)[0].ema, fixed)
 
 
 def _stages(stages, params, make_loss, make_batches, run: Run):
@@ -143,37 +160,36 @@ def _stages(stages, params, make_loss, make_batches, run: Run):
     time was up.
     """
     for stage in stages:
-        folder, o = Path(run.folder) / stage.name, stage.options
-        optimizer = make_optimizer(o)
-        state = init_state(params, optimizer)
-        step = make_step(make_loss(stage), optimizer, o, stage.frozen)
-        report = partial(run.report, stage.name)
-        if not (folder / "done").exists():
+        folder, o = Path(run.folder), stage.options
+        if not (folder / stage.name / "done").exists():
+            state, fixed = begin(stage, params)
+            mesh = make_mesh(data=run.devices)
+            state, fixed = jax.device_put((state, fixed), NamedSharding(mesh, PartitionSpec()))
             state = fit(
-                step,
+                make_step(make_loss(stage), make_optimizer(o), o),
                 state,
-                make_batches(stage),
+                Indexed(make_batches(stage)),
                 o,
-                folder,
-                seconds=run.left(),
-                devices=run.devices,
-                report=report,
+                folder / stage.name,
+                fixed=fixed,
+                mesh=mesh,
+                outside=Outside(run.left(), partial(run.report, stage.name)),
             )
             if int(state.step) < o.steps:
                 return None
-            (folder / "done").touch()
-        params = load_snapshot(folder / SNAPSHOT, state).ema
+            (folder / stage.name / "done").touch()
+        params = _after(stage, params, folder)
     return params
 
 
 def train_autoencoder(recipe: Recipe, run: Run, store: ClipStore):
     """Images, then short clips, then whole clips; returns the parameters or None."""
-    params = inflate(init(vae_spec(recipe.vae), jax.random.key(recipe.seed)))
 
     def loss(stage: Stage):
         return autoencoder_loss(recipe.vae, latent_noise=0.1 if stage.frames > 1 else 0.0)
 
-    return _stages(recipe.autoencoder, params, loss, lambda stage: video_batches(stage, store), run)
+    params, batches = first_vae(recipe), lambda stage: video_batches(stage, store)
+    return _stages(recipe.autoencoder, params, loss, batches, run)
 
 
 def train_decoder(recipe: Recipe, cfg: VAEConfig, run: Run, store: ClipStore, params):
@@ -242,12 +258,6 @@ def train_extension(recipe: Recipe, run: Run, store: ClipStore, latents: np.ndar
     """The video-extension model: alone first, then with the memory of earlier clips; {"dit",
     "text"} or None.  begun: parameters to start from, None for new ones.
     """
-    params = {"dit": dit_spec(recipe.dit), "text": text_spec(recipe.text)}
-    if begun:
-        params = {part: begun[part] for part in params}
-    else:
-        params = init(params, jax.random.key(recipe.seed + 1))
-        params["dit"] = local_start(params["dit"], recipe.dit)
 
     def loss(stage: Stage):
         layers = memory_layers(recipe.dit) if stage.memory else None
@@ -259,8 +269,12 @@ def train_extension(recipe: Recipe, run: Run, store: ClipStore, latents: np.ndar
             shift=stage.shift or recipe.task.shift,
             fill=recipe.defaults.fill,
         )
-        return extension_loss(recipe.dit, recipe.text, task)
+        return extension_loss(recipe.dit, text, task)
 
+    def text(params, ids):
+        return encode_text(params["text"], ids, recipe.text)
+
+    params = first_dit(recipe, begun)
     return _stages(
         recipe.extension,
         params,

@@ -10,7 +10,7 @@ from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.pocket_text import PocketTextConfig
 from lvjax.run.defaults import Defaults
 from lvjax.train.extension import ExtensionTask
-from lvjax.train.loop import TrainOptions
+from lvjax.train.state import TrainOptions
 
 KINDS = ("autoencoder", "extension", "decoder")
 """The fields of a recipe that hold stages, in the order of training."""

@@ -17,7 +17,7 @@ from typing import Any
 from lvjax.core.checkpoint import write_atomic
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.lab.recipe import KINDS, Recipe
-from lvjax.train.loop import SNAPSHOT
+from lvjax.train.checkpoints import CHECKPOINTS, is_begun
 
 # of a stage's options; steps have a rule of their own
 FREE = ("steps", "learning_rate", "save_every", "log_every")
@@ -45,8 +45,9 @@ def claim(recipe: Recipe, folder) -> None:
 
 
 def _anything(folder: Path) -> bool:
-    """Whether anything was made in a folder: clips, or a snapshot."""
-    return (folder / "clips" / "ready").exists() or any(folder.glob(f"*/{SNAPSHOT}"))
+    """Whether anything was made in a folder: clips, or a checkpoint."""
+    begun = (is_begun(path.parent) for path in folder.glob(f"*/{CHECKPOINTS}"))
+    return (folder / "clips" / "ready").exists() or any(begun)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def _differences(was, now, name: str = "") -> Iterator[str]:
 
 
 def _begun(recipe: dict, kind: str, folder: Path) -> list[dict]:
-    return [s for s in recipe[kind] if (folder / s["name"] / SNAPSHOT).exists()]
+    return [s for s in recipe[kind] if is_begun(folder / s["name"])]
 
 
 def _stages(before: dict, now: dict, folder: Path) -> Iterator[str]:

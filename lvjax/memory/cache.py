@@ -4,9 +4,10 @@
 `KVCache` is the saved state: keys are normalised but not rotated, so that a method may re-index
 time at will.  `Past` is the same memory opened for one clip: keys rotated, the clip's own slots
 marked.  `dit` writes the clip's keys and values into those slots at every pass and attends over
-all of them; `commit` keeps the last pass.  Every row of a batch has its own slots, sees its own
-selection, and so gets what it would get alone.  Which slots a clip gets and which it sees is
-decided in placement.py.
+all of them; `commit` keeps the last pass.  `Recalled` is memory that is only read, as in training:
+the clip's own keys and values stand beside it, so that a gradient needs no copy of it per layer.
+Every row of a batch has its own slots, sees its own selection, and so gets what it would get alone.
+Which slots a clip gets and which it sees is decided in placement.py.
 """
 
 import jax
@@ -36,17 +37,79 @@ class Past:
     visible: jax.Array | None
     layers: tuple[int, int] = struct.field(pytree_node=False)
 
-    def write(self, layer, k, v) -> "Past":
-        """Put rotated k, and v, [B, L, N, D], into the clip's slots of memory layer `layer`."""
+    @property
+    def written(self):
+        """What passes change: a loop carries this, and nothing else of a memory."""
+        return self.k, self.v
+
+    def with_written(self, written) -> "Past":
+        """The memory after passes that left `written`."""
+        k, v = written
+        return self.replace(k=k, v=v)
+
+    def check(self, tokens: int) -> None:
+        """Raises: InputError when a clip of so many tokens finds no room."""
+        if (slots := self.k.shape[2]) < tokens:
+            raise InputError(f"memory of {slots} token slots cannot hold a clip of {tokens} tokens")
+
+    def extend(self, layer, k, v):
+        """Put rotated k, and v, [B, L, N, D], into the clip's slots of memory layer `layer`.
+
+        Returns: the memory; what is attended to in that layer, keys and values [B, S, N, D] and
+        the mask [B|1, 1, 1, S] or None.
+        """
         k, v = (
             write_rows(old, new[None], layer, self.start) for old, new in ((self.k, k), (self.v, v))
         )
-        return self.replace(k=k, v=v)
+        own = [lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (k, v)]
+        mask = None if self.visible is None else self.visible[:, None, None, :]
+        return self.replace(k=k, v=v), *own, mask
 
-    def read(self, layer):
-        """Keys and values [B, S, N, D] of a memory layer, and the mask [B|1, 1, 1, S] or None."""
-        k, v = (lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (self.k, self.v))
-        return k, v, None if self.visible is None else self.visible[:, None, None, :]
+
+@struct.dataclass
+class Recalled:
+    """Memory of other clips that no pass changes; the interface of `Past`.
+
+    k, v: [layers, B, S, N, D], keys rotated.
+    visible: bool [B|1, S], the slots that are attended to beside the clip itself.
+    layers: (first, last), the half-open range of DiT layers that have memory.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    visible: jax.Array
+    layers: tuple[int, int] = struct.field(pytree_node=False)
+
+    @property
+    def written(self):
+        """Nothing."""
+        return ()
+
+    def with_written(self, written) -> "Recalled":
+        """The same memory."""
+        return self
+
+    def check(self, tokens: int) -> None:
+        """There is room for any clip: it stays outside."""
+
+    def extend(self, layer, k, v):
+        """As `Past.extend`; the clip's own k and v come after what is remembered."""
+        old = (lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (self.k, self.v))
+        k, v = (
+            jnp.concatenate([past.astype(own.dtype), own], axis=1)
+            for past, own in zip(old, (k, v), strict=True)
+        )
+        own = k.shape[1] - self.visible.shape[1]
+        seen = jnp.pad(self.visible, ((0, 0), (0, own)), constant_values=True)
+        return self, k, v, seen[:, None, None, :]
+
+
+def recall(cache: "KVCache", rotation_fn, visible) -> Recalled:
+    """Everything in a cache for a clip outside it; arguments as in `open_past`."""
+    batch, slots = cache.frame.shape
+    expect(visible, "B F", "visible", B=batch if visible.shape[0] > 1 else 1, F=slots)
+    visible = jnp.repeat(visible, cache.frame_tokens, axis=-1)
+    return Recalled(rotated(cache, rotation_fn), cache.v, visible, cache.layers)
 
 
 @struct.dataclass

@@ -17,6 +17,7 @@ from flax import struct
 from jax import lax
 
 from lvjax.core.errors import InputError
+from lvjax.core.mesh import constrain
 from lvjax.core.offload import fetch, is_ready, pick, scan_ahead
 from lvjax.core.params import Param, Spec, stack
 from lvjax.core.shapes import expect
@@ -166,19 +167,19 @@ def embed_latents(params, latents, condition, cfg: DiTConfig):
 def _layers(params, x, e0, context, rotation, past, span, cfg: DiTConfig, remat: bool):
     """Run layers span = (first, last) under `lax.scan`.
 
-    past is carried, never scanned over, so that its slots change in place.  A partial span indexes
-    the stacked weights inside the loop: slices taken outside would be copies.  Weights that wait in
-    the host's memory are fetched a layer ahead.
+    What passes write of the past is carried, never scanned over, so that its slots change in
+    place.  A partial span indexes the stacked weights inside the loop: slices taken outside would
+    be copies.  Weights that wait in the host's memory are fetched a layer ahead.
     """
     first, last = span
     stacked = (params, context)
 
     def layer(carry, i, own):
-        x, past = carry
+        x, written = carry
         p, ctx = pick(stacked, first + i) if own is None else own
-        memory = None if past is None else (past, i)
-        x, past, keys = block(p, x, e0, ctx, rotation, memory, cfg)
-        return (x, past), None if past is None else keys
+        memory = None if past is None else (past.with_written(written), i)
+        x, memory, keys = block(p, x, e0, ctx, rotation, memory, cfg)
+        return ((x, None), None) if memory is None else ((x, memory.written), keys)
 
     # Matrix products are kept for the backward pass, what lies between them is computed again.
     # Measured on two CPU cores, six layers of width 256: 11 % less time and 55 % less memory than
@@ -186,13 +187,14 @@ def _layers(params, x, e0, context, rotation, past, span, cfg: DiTConfig, remat:
     saved = jax.checkpoint_policies
     policy = saved.save_only_these_names("attention") if remat else saved.dots_saveable
     layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
-    if not is_ready(stacked):
-        (x, past), keys = scan_ahead(layer, (x, past), stacked, span)
-        return x, past, keys
-    index = jnp.arange(last - first, dtype=jnp.int32)
-    whole = stacked if span == (0, cfg.num_layers) else None
-    (x, past), keys = lax.scan(lambda c, xs: layer(c, *xs), (x, past), (index, whole))
-    return x, past, keys
+    carry = x, None if past is None else past.written
+    if is_ready(stacked):
+        index = jnp.arange(last - first, dtype=jnp.int32)
+        whole = stacked if span == (0, cfg.num_layers) else None
+        (x, written), keys = lax.scan(lambda c, xs: layer(c, *xs), carry, (index, whole))
+    else:
+        (x, written), keys = scan_ahead(layer, carry, stacked, span)
+    return x, None if past is None else past.with_written(written), keys
 
 
 def _blocks(params, x, e0, context, rotation, past, cfg: DiTConfig, remat: bool):
@@ -231,9 +233,8 @@ def _check(latents, timestep, condition, past, cfg: DiTConfig):
         if not cfg.condition_channels:
             raise InputError("this model takes no condition channels; pass condition=None")
         expect(condition, "B T H W C", "condition", **(size | {"C": cfg.condition_channels}))
-    if past is not None and past.k.shape[2] < tokens:
-        slots = past.k.shape[2]
-        raise InputError(f"memory of {slots} token slots cannot hold a clip of {tokens} tokens")
+    if past is not None:
+        past.check(tokens)
     return grid
 
 
@@ -255,8 +256,8 @@ def dit(
     timestep: float32 [B] or [B, U] in 0..1000, one value for L/U consecutive tokens (U: 1, T or L).
     condition: [B, T, H, W, Cc], mask and condition latents; None adds nothing.
     rotation: (cos, sin) [L, 1|N, D/2] for the clip's own queries and keys; default: frames 0..T-1.
-    past: memory opened for this clip; in its layers the clip's keys and values are written at
-        past.start, and attention runs over all visible slots.
+    past: memory opened for this clip (memory/cache.py); in its layers attention runs over what is
+        visible of it, the clip's own keys and values among it.
     remat: keep only attention outputs for the backward pass, instead of every matrix product.
     Returns: velocity float32 [B, T, H, W, Cout]; past after the writes, or None; the clip's own
         keys [layers with memory, B, L, N, D], normalised, not rotated, or None.
@@ -267,6 +268,6 @@ def dit(
     if rotation is None:
         rotation = grid_table(np.arange(t), h, w, cfg.head_dim, cfg.theta)
     e, e0 = embed_time(params, timestep, cfg)
-    x = embed_latents(params, latents, condition, cfg)
+    x = constrain(embed_latents(params, latents, condition, cfg), "batch", "length", "embed")
     x, past, keys = _blocks(params["blocks"], x, e0, context, rotation, past, cfg, remat)
     return head(params["head"], x, e, grid, cfg), past, keys

@@ -74,8 +74,8 @@ def gated(x, y, gate):
 def self_attention(params, x, rotation, memory, cfg: DiTConfig):
     """x [B, L, C] -> [B, L, C], the memory after the write, the un-rotated keys [B, L, N, D].
 
-    memory: None, or (past, layer): rotated keys and values are written there, and attention runs
-        over what is visible of it.
+    memory: None, or (past, layer): rotated keys and values go there, and attention runs over what
+        is visible of it.
     """
     q = split_heads(rms_norm(params["norm_q"], linear(params["q"], x), cfg.eps), cfg)
     keys = split_heads(rms_norm(params["norm_k"], linear(params["k"], x), cfg.eps), cfg)
@@ -84,8 +84,7 @@ def self_attention(params, x, rotation, memory, cfg: DiTConfig):
     past = None
     if memory is not None:
         past, layer = memory
-        past = past.write(layer, k, v)
-        k, v, mask = past.read(layer)
+        past, k, v, mask = past.extend(layer, k, v)
         k, v = k.astype(q.dtype), v.astype(q.dtype)
     out = checkpoint_name(attend(q, k, v, mask=mask), "attention")
     return linear(params["o"], merge_heads(out)), past, keys

@@ -1,90 +1,146 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flow-matching loss of a clip-by-clip video-extension model, with or without the memory of earlier
-clips.
+"""Flow-matching loss of a video-extension model: clips of one video, each given some of its frames,
+and where there is a memory, attending to earlier clips of its own.
 
-Source: "Towards Error-Free Long Video Generation", arXiv:2606.22370, stages 1 and 2 (multi-task
-  conditioning; keys and values of clean earlier clips under stop-gradient in the latter blocks).
+One loss for both stages of the paper.  With one clip per sample it is stage 1, a model that
+continues given frames.  With more, clips see clean earlier ones through keys and values under
+stop-gradient, in the latter blocks: stage 2.
+Source: "Towards Error-Free Long Video Generation", arXiv:2606.22370, sections on multi-task
+  conditioning and on inter-clip causal attention.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lvjax.memory.cache import commit, init_cache, open_past
+from lvjax.core.errors import InputError
+from lvjax.core.shapes import expect
+from lvjax.memory.cache import KVCache, commit, init_cache, open_past, recall
 from lvjax.models.config import DiTConfig
 from lvjax.models.dit import dit, embed_context
-from lvjax.models.pocket_text import PocketTextConfig, encode_text
 from lvjax.nn.rope import axis_pairs, grid_table
-from lvjax.rollout.condition import blank
+from lvjax.rollout.condition import MASK, blank
 
 
 @dataclass(frozen=True)
 class ExtensionTask:
-    """given: probability of 0, 1, 2, ... given latent frames.  condition_noise: largest noise on
-    the given latents.
-
+    """given: probability of 0, 1, 2, ... given latent frames.  last, both: of those samples that
+    are given any, the share that has them at the end, or at both ends; the rest has them at the
+    beginning.
+    condition_noise: largest noise on the given latents.
     drop_text: probability of the null prompt.  shift: of the uniform noise level, s·u / (1 + (s -
       1)·u).
-    memory_layers: the DiT layers that see earlier clips.  stride: new latent frames per clip.
+    memory_layers: the DiT layers that see earlier clips, None for no memory.  trained: how many
+      clips of a sample, its last ones, have a loss.  forget: probability that an earlier clip which
+      was selected is not seen.  stride: new latent frames per clip.
     object_weight: by how much more the error counts where an object is.  fill: what stands for
-    frames that are not given, see `rollout.condition.blank`.
+    frames that are not given, see `rollout.condition.blank`.  remat: keep less for the backward
+    pass, of a layer and of a clip.
     """
 
     given: tuple[float, ...] = (0.1, 0.5, 0.4)
+    last: float = 0.0
+    both: float = 0.0
     condition_noise: float = 0.1
     drop_text: float = 0.1
     shift: float = 2.0
     memory_layers: tuple[int, int] | None = None
+    trained: int = 1
+    forget: float = 0.25
     stride: int = 3
     object_weight: float = 0.0
     fill: str = "latent"
+    remat: bool = False
+
+    def __post_init__(self):
+        if not (0 <= self.last and 0 <= self.both and self.last + self.both <= 1):
+            raise InputError(f"last is {self.last}, both {self.both}; give shares of 1")
 
 
-def condition_of(latents, given, fill: str, noise=None):
-    """Mask (4 channels, 1 = given) and condition latents of clips whose first `given` int32 [B]
-    latent frames are known.
+# ---- what is given -----------------------------------------------------------------
 
-    latents [B, T, H, W, C] -> [B, T, H, W, 4 + C]; unknown frames are `blank(fill)`; noise, if
-    any, is added to the known ones.
+
+def condition_of(latents, first, fill: str, *, noise=None, last=None, tails=None):
+    """Mask (4 channels, 1 = given) and condition latents of clips of which some frames are known.
+
+    latents [B, T, H, W, C].  first: int32 [B], so many latent frames are given at the beginning,
+    with `noise`, if any, added to them.
+    last: int32 [B] or None, so many are given at the end; tails [B, R, R, H, W, C] are their
+      latents, in row m - 1 the first m: the last 1 + 4(m - 1) pixel frames encoded alone.
+    Returns: [B, T, H, W, 4 + C]; unknown frames are `blank(fill)`.
     """
-    known = jnp.arange(latents.shape[1], dtype=jnp.int32)[None, :] < given[:, None]
-    known = known[:, :, None, None, None]
-    mask = jnp.broadcast_to(known, (*latents.shape[:-1], 4)).astype(latents.dtype)
+    t, size = latents.shape[1], latents.shape[2:]
+    frame = jnp.arange(t, dtype=jnp.int32)[None, :]
     seen = latents if noise is None else latents + noise
-    rest = blank(fill, latents.shape[2:])
-    return jnp.concatenate([mask, jnp.where(known, seen, rest)], axis=-1)
+    head = frame < first[:, None]
+    mask = jnp.broadcast_to(head[..., None], (*head.shape, MASK))
+    known = jnp.where(_cells(head), seen, blank(fill, size))
+    if last is not None:
+        place = frame - (t - last[:, None])  # in the tail, from 0 on
+        inside = (place >= 0) & (last > 0)[:, None]
+        # the first latent frame of a clip stands for one pixel frame, here the last of its four
+        whole = inside & (place > 0)
+        newest = jnp.arange(MASK) == MASK - 1
+        mask = mask | whole[..., None] | (inside[..., None] & newest[None, None])
+        own = jax.vmap(lambda rows, m: rows[jnp.maximum(m - 1, 0)])(tails, last)
+        own = jax.vmap(lambda row, at: row[at])(own, jnp.clip(place, 0, own.shape[1] - 1))
+        known = jnp.where(_cells(inside & ~head), own, known)
+    mask = jnp.broadcast_to(mask[:, :, None, None], (*latents.shape[:-1], MASK))
+    return jnp.concatenate([mask.astype(latents.dtype), known], axis=-1)
 
 
-def remember(params, history, context, frames, cfg: DiTConfig, task: ExtensionTask):
-    """Keys and values of clean earlier clips, written one clip at a time as a rollout would.
+def _cells(frames):
+    """bool [B, T] for every cell of a latent frame."""
+    return frames[:, :, None, None, None]
 
-    history [B, K, T, H, W, C] clean latents; context: one Context for all of them [B rows]; frames
-    int32 [K, T].
-    Returns a cache with K + 1 clip slots, the last one empty.
+
+def draw_given(key, task: ExtensionTask, least):
+    """How many latent frames are given at the beginning and at the end, int32 [B] each.
+
+    least: int32 [B], the fewest at the beginning; rows that need any have them there.
     """
-    b, k, t, h, w, _ = history.shape
-    cache = init_cache(
-        cfg, b, (k + 1) * t, (h // cfg.patch[1], w // cfg.patch[2]), task.memory_layers, "float32"
-    )
+    count, where = jax.random.split(key)
+    shape, odds = least.shape, jnp.array(task.given, jnp.float32)
+    n = jax.random.choice(count, len(task.given), shape, p=odds).astype(jnp.int32)
+    u = jax.random.uniform(where, shape)
+    end, ends = u < task.last, (u >= task.last) & (u < task.last + task.both)
+    end, ends = end & (least == 0), ends & (least == 0)
+    return jnp.where(end, 0, jnp.maximum(n, least)), jnp.where(end | ends, n, 0)
+
+
+# ---- the memory --------------------------------------------------------------------
+
+
+def remember(
+    params, clips, contexts, given, frames, visible, cfg: DiTConfig, task: ExtensionTask
+) -> KVCache:
+    """Keys and values of clean clips, written one clip after another as a rollout does.
+
+    clips: [K, B, T, H, W, C] clean latents.  contexts: a Context with a leading axis K.
+    given: int32 [K, B], the latent frames that each was given.  frames: int32 [K, T], the places of
+      its latent frames in time.  visible: bool [K, B, K], which earlier clips each sees.
+    Returns: a cache of K clip slots; no gradient goes through it.
+    """
+    k, b, t, h, w, _ = clips.shape
+    cache = init_cache(cfg, b, k * t, (h // cfg.patch[1], w // cfg.patch[2]), task.memory_layers)
     table = _table(cfg, cache.grid)
-    for i in range(k):
-        own = jnp.arange((k + 1) * t, dtype=jnp.int32) // t == i
-        past = open_past(cache, table, i * t, own[None])
-        known = condition_of(history[:, i], jnp.full((b,), t - task.stride, jnp.int32), task.fill)
-        ctx = jax.tree.map(lambda c, i=i: c[i], context)
+
+    def step(cache, xs):
+        i, z, context, given, frames, seen = xs
+        seen = seen | (jnp.arange(k) == i)[None]
+        past = open_past(cache, table, i * t, jnp.repeat(seen, t, axis=-1))
+        known = condition_of(z, given, task.fill)
+        zero, turn = jnp.zeros((b,), jnp.float32), table(frames)
         _, past, keys = dit(
-            params,
-            history[:, i],
-            jnp.zeros((b,)),
-            ctx,
-            cfg,
-            condition=known,
-            rotation=table(frames[i]),
-            past=past,
+            params, z, zero, context, cfg, condition=known, rotation=turn, past=past
         )
-        cache = commit(cache, past, keys, i * t, frames[i])
+        return commit(cache, past, keys, i * t, frames), None
+
+    index = jnp.arange(k, dtype=jnp.int32)
+    cache, _ = jax.lax.scan(step, cache, (index, clips, contexts, given, frames, visible))
     return jax.lax.stop_gradient(cache)
 
 
@@ -117,64 +173,122 @@ def _table(cfg: DiTConfig, grid):
     return lambda frames: grid_table(frames, grid[0], grid[1], cfg.head_dim, cfg.theta)
 
 
-def extension_loss(cfg: DiTConfig, text_cfg: PocketTextConfig, task: ExtensionTask):
+# ---- the loss ----------------------------------------------------------------------
+
+
+def extension_loss(cfg: DiTConfig, text: Callable, task: ExtensionTask):
     """loss(params, batch, key) -> (mean squared velocity error over frames that are not given, {}).
 
-    params: {"dit", "text"}.  batch: latents [B, T, H, W, C], ids int32 [B, M] and least int32 [B],
-      the fewest frames that must be given: up to there another prompt may have ruled; covered
-      float32 [B, T, H, W], the share of a cell that an object covers.  For the memory also history
-      [B, K, T, H, W, C], history_ids [B, K, M] and history_gap int32 [B, K], equal rows: how many
-      latent frames before this clip each earlier one began.
+    params: {"dit"} and what `text` needs.  text(params, rows) -> embeddings [N, M, D] of rows of
+      prompts [N, ...] as the batch has them: token ids, or embeddings.
+    batch: latents [B, K, T, H, W, C], clips of one video in order of time; text [B, K, ...] and
+      null [B, ...], the prompts, and the one that stands for none; least int32 [B, K], the fewest
+      latent frames that must be given (up to there another prompt may have ruled).
+      With task.last or task.both: tails [B, K, R, R, H, W, C], see `condition_of`.
+      With task.object_weight: covered float32 [B, K, T, H, W], the share of a cell that an object
+      covers.
+      With K > 1: frame int32 [B, K], the latent frame that each clip begins with, equal in all
+      rows; given int32 [B, K], how many each was given when it was made; visible bool [B, K, K],
+      which earlier clips each sees.
+    Raises: InputError when a sample has fewer clips than have a loss, or several without a memory.
     """
 
     def loss(params, batch, key):
+        batch = jax.tree.map(jnp.asarray, batch)
         z = batch["latents"].astype(jnp.float32)
-        b, t = z.shape[:2]
-        keys = jax.random.split(key, 7)
-        given = jax.random.choice(keys[0], len(task.given), (b,), p=jnp.array(task.given)).astype(
-            jnp.int32
-        )
-        given = jnp.maximum(given, batch["least"])
-        ids = jnp.where(jax.random.uniform(keys[1], (b, 1)) < task.drop_text, 0, batch["ids"])
-        context = embed_context(params["dit"], encode_text(params["text"], ids, text_cfg), cfg)
-        u = jax.random.uniform(keys[2], (b,))
-        sigma = task.shift * u / (1 + (task.shift - 1) * u)
-        noise = jax.random.normal(keys[3], z.shape)
-        level = task.condition_noise * jax.random.uniform(keys[4], (b, 1, 1, 1, 1))
-        condition = condition_of(z, given, task.fill, level * jax.random.normal(keys[5], z.shape))
-        s = sigma[:, None, None, None, None]
-        past = rotation = None
-        if task.memory_layers is not None:
-            past, rotation = _open_memory(params, batch, z, keys[6])
-        v, _, _ = dit(
-            params["dit"],
-            (1 - s) * z + s * noise,
-            1000 * sigma,
-            context,
-            cfg,
-            condition=condition,
-            rotation=rotation,
-            past=past,
-        )
-        new = (jnp.arange(t, dtype=jnp.int32)[None, :] >= given[:, None])[:, :, None, None]
-        weight = jnp.where(new, 1.0 + task.object_weight * batch["covered"], 0.0)
-        error = jnp.square(v - (noise - z)).mean(-1)
-        return (error * weight).sum() / weight.sum(), {}
+        size = expect(z, "B K T H W C", "latents", C=cfg.in_channels)
+        b, k, t = (size[axis] for axis in "BKT")
+        if k < task.trained or (k > 1 and task.memory_layers is None):
+            raise InputError(
+                f"samples have {k} clips, {task.trained} of them with a loss, memory layers "
+                f"{task.memory_layers}; give as many clips as have a loss, and memory layers for "
+                "more than one"
+            )
+        dropped = jax.random.uniform(jax.random.fold_in(key, 0), (b,)) < task.drop_text
+        rows = _with_null(batch["text"], batch["null"], dropped)
+        first = k - task.trained
+        contexts = _contexts(params, rows[:, first:], text, cfg)
+        memory = None
+        if k > 1:
+            memory = _memory(params, batch, z, text, jax.random.fold_in(key, 1), cfg, task)
 
-    def _open_memory(params, batch, z, key):
-        k, t = batch["history"].shape[1], z.shape[1]
-        frames = -batch["history_gap"][0][:, None] + jnp.arange(t, dtype=jnp.int32)[None, :]
-        text = encode_text(
-            params["text"], batch["history_ids"].reshape(-1, text_cfg.length), text_cfg
-        )
-        text = text.reshape(len(z), k, *text.shape[1:])
-        contexts = jax.vmap(lambda x: embed_context(params["dit"], x, cfg), in_axes=1)(text)
-        fixed = jax.lax.stop_gradient((params["dit"], contexts))
-        cache = remember(
-            fixed[0], batch["history"].astype(jnp.float32), fixed[1], frames, cfg, task
-        )
-        seen = jnp.append(jax.random.uniform(key, (k,)) < 0.75, True)
-        past = open_past(cache, _table(cfg, cache.grid), k * t, jnp.repeat(seen, t)[None])
-        return past, _table(cfg, cache.grid)(jnp.arange(t, dtype=jnp.int32))
+        def clip(total, xs):
+            i, context = xs
+            own = {name: a[:, i] for name, a in batch.items() if name not in ("null", "text")}
+            own["latents"], past, turn = z[:, i], None, None
+            if memory is not None:
+                cache, frames, visible = memory
+                table = _table(cfg, cache.grid)
+                past = recall(cache, table, jnp.repeat(visible[:, i], t, axis=-1))
+                turn = table(frames[i])
+            keys = jax.random.split(jax.random.fold_in(key, 2 + i), 5)
+            found = _error(params["dit"], own, context, keys, past, turn, cfg, task)
+            return jax.tree.map(jnp.add, total, found), None
+
+        body = jax.checkpoint(clip) if task.remat else clip
+        index = first + jnp.arange(task.trained, dtype=jnp.int32)
+        zero = jnp.zeros((), jnp.float32)
+        (error, weight), _ = jax.lax.scan(body, (zero, zero), (index, contexts))
+        return error / weight, {}
 
     return loss
+
+
+def _error(params, own, context, keys, past, turn, cfg: DiTConfig, task: ExtensionTask):
+    """Weighted squared velocity error of one clip, and the sum of its weights."""
+    z = own["latents"]
+    b, t = z.shape[:2]
+    first, last = draw_given(keys[0], task, own["least"])
+    sigma = _shifted(jax.random.uniform(keys[1], (b,)), task.shift)
+    noise = jax.random.normal(keys[2], z.shape)
+    level = task.condition_noise * jax.random.uniform(keys[3], (b, 1, 1, 1, 1))
+    blur = level * jax.random.normal(keys[4], z.shape)
+    tails = {"last": last, "tails": own["tails"]} if task.last or task.both else {}
+    condition = condition_of(z, first, task.fill, noise=blur, **tails)
+    s = sigma[:, None, None, None, None]
+    v, _, _ = dit(
+        params,
+        (1 - s) * z + s * noise,
+        1000 * sigma,
+        context,
+        cfg,
+        condition=condition,
+        rotation=turn,
+        past=past,
+        remat=task.remat,
+    )
+    new = (jnp.min(condition[..., :MASK], axis=-1) == 0).astype(jnp.float32)
+    weight = new * (1.0 + task.object_weight * own["covered"]) if task.object_weight else new
+    error = jnp.square(v - (noise - z)).mean(-1)
+    return (error * weight).sum(), weight.sum()
+
+
+def _shifted(u, shift: float):
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def _with_null(text, null, dropped):
+    """text [B, K, ...] with the null prompt in the rows that are dropped, bool [B]."""
+    dropped = dropped.reshape(-1, *(1,) * (text.ndim - 1))
+    return jnp.where(dropped, null[:, None], text)
+
+
+def _contexts(params, rows, text: Callable, cfg: DiTConfig):
+    """What cross-attention needs of rows [B, K, ...], a Context with a leading axis K."""
+    b, k = rows.shape[:2]
+    found = embed_context(params["dit"], text(params, rows.reshape(b * k, *rows.shape[2:])), cfg)
+    return jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, b, k, *a.shape[2:]), 2, 0), found)
+
+
+def _memory(params, batch, z, text: Callable, key, cfg: DiTConfig, task: ExtensionTask):
+    """The cache of all clips of the samples but the last; the places of all frames, int32 [K, T];
+    and what each clip sees of those in the cache, bool [B, K, K - 1].
+    """
+    k, t = z.shape[1:3]
+    frames = batch["frame"][0][:, None] + jnp.arange(t, dtype=jnp.int32)[None]
+    visible = (batch["visible"] & jnp.tril(jnp.ones((k, k), bool), -1)[None])[:, :, :-1]
+    fixed = jax.lax.stop_gradient(params)
+    clips, given, seen = (jnp.moveaxis(a[:, :-1], 1, 0) for a in (z, batch["given"], visible))
+    contexts = _contexts(fixed, batch["text"][:, :-1], text, cfg)
+    cache = remember(fixed["dit"], clips, contexts, given, frames[:-1], seen, cfg, task)
+    return cache, frames, visible & (jax.random.uniform(key, (k, k - 1)) >= task.forget)[None]

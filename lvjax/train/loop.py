@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: optimiser, EMA, snapshots that resume exactly, metrics as JSON lines.
+"""The training loop: from the newest checkpoint to the last step, with metrics, samples, and an
+orderly end at any moment.
 
-A batch is a function of the step and every random draw is folded from the step, so a snapshot
-(parameters, EMA, optimiser state, step) is the whole state of a run, the data position included.
-Losses are elsewhere in this package.
+A batch comes from a `Feed`, whose position is saved with the state: a run that was killed goes on
+with the same batches, and ends with the same parameters, bit for bit.
+Does not own: the step (state.py), the checkpoints (checkpoints.py), losses and data.
 """
 
 import json
@@ -11,211 +12,186 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
-import optax
-from flax import struct
-from jax.sharding import NamedSharding, PartitionSpec
 
-from lvjax.core.checkpoint import load_arrays, restore_tree, save_arrays, tree_arrays
-from lvjax.core.errors import NonFiniteError
-from lvjax.core.mesh import make_mesh, shard_batch
+from lvjax.core.checkpoint import write_atomic
+from lvjax.core.errors import InputError, NonFiniteError
+from lvjax.core.mesh import shard_batch
 from lvjax.core.signals import stoppable
+from lvjax.train.checkpoints import Checkpoints
+from lvjax.train.state import IN_A_ROW, TrainOptions, TrainState
+
+METRICS = "metrics.jsonl"
 
 
-@struct.dataclass
-class TrainState:
-    """params, ema: parameter trees (float32).  opt: optax state.  step: int32, steps done."""
+class Feed(Protocol):
+    """Batches in order: trees of arrays on the host, the rows of the batch first."""
 
-    params: Any
-    ema: Any
-    opt: Any
-    step: jax.Array
+    def __next__(self) -> Any:
+        """The next batch."""
 
+    def position(self) -> dict:
+        """JSON: where the next batch is."""
 
-SNAPSHOT = "snapshot.safetensors"  # in the folder of a stage
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """steps: of the whole run.  learning_rate: after `warmup` steps, decaying linearly to zero from
-    step `decay_from`·steps.
-
-    ema: decay of the average, lower at the beginning: min(ema, (1 + n) / (10 + n)).  save_every:
-      seconds between snapshots.
-    """
-
-    steps: int
-    learning_rate: float
-    warmup: int = 100
-    decay_from: float = 0.4
-    b2: float = 0.99
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    ema: float = 0.999
-    seed: int = 0
-    save_every: float = 60.0
-    log_every: int = 20
+    def seek(self, position: dict) -> None:
+        """Go to where `position` said; {} is the beginning."""
 
 
-def make_optimizer(o: TrainOptions) -> optax.GradientTransformation:
-    """AdamW with global-norm clipping and a trapezoidal learning rate."""
-    hold = max(int(o.steps * o.decay_from), o.warmup)
-    rate = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, o.learning_rate, o.warmup),
-            optax.constant_schedule(o.learning_rate),
-            optax.linear_schedule(o.learning_rate, 0.0, max(o.steps - hold, 1)),
-        ],
-        [o.warmup, hold],
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(o.clip), optax.adamw(rate, b2=o.b2, weight_decay=o.weight_decay)
-    )
+class Indexed:
+    """Batches that are a function of their number."""
 
+    def __init__(self, batches: Callable[[int], Any]):
+        self.batches, self.next = batches, 0
 
-def init_state(params, optimizer) -> TrainState:
-    """The state before the first step; the average begins at the parameters."""
-    return TrainState(
-        params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros((), jnp.int32)
-    )
+    def __next__(self) -> Any:
+        batch = self.batches(self.next)
+        self.next += 1
+        return batch
 
+    def position(self) -> dict:
+        """The number of the next batch."""
+        return {"batch": self.next}
 
-def make_step(loss: Callable, optimizer, o: TrainOptions, frozen: tuple[str, ...] = ()) -> Callable:
-    """`loss(params, batch, key) -> (scalar, metrics)`; returns step(state, batch) -> (state,
-    metrics), jitted, state donated.
-
-    frozen: subtrees that keep their values, by path from the root, such as "dit/text_embedding".
-    """
-
-    def step(state: TrainState, batch):
-        key = jax.random.fold_in(jax.random.key(o.seed), state.step)
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
-        grads = _without(grads, frozen)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 counter with floats
-            updates, opt = optimizer.update(grads, state.opt, state.params)
-        updates = _without(updates, frozen)
-        params = optax.apply_updates(state.params, updates)
-        n = state.step.astype(jnp.float32)
-        decay = jnp.minimum(o.ema, (1 + n) / (10 + n))
-        ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
-        metrics = metrics | {"loss": value, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(params, ema, opt, state.step + 1), metrics
-
-    return jax.jit(step, donate_argnums=0)
-
-
-def _without(tree, frozen: tuple[str, ...]):
-    """The tree with zeros in the frozen subtrees."""
-
-    def leaf(path, x):
-        name = jax.tree_util.keystr(path, simple=True, separator="/") + "/"
-        return jnp.zeros_like(x) if any(name.startswith(f + "/") for f in frozen) else x
-
-    return jax.tree_util.tree_map_with_path(leaf, tree) if frozen else tree
-
-
-def save_snapshot(path, state: TrainState, meta: dict | None = None) -> None:
-    """Write a state as `load_snapshot` reads it, atomically."""
-    save_arrays(path, tree_arrays(state), (meta or {}) | {"step": int(state.step)})
-
-
-def load_snapshot(path, like: TrainState) -> TrainState:
-    """Raises: CheckpointError when the file is damaged or of another model."""
-    arrays, _ = load_arrays(path)
-    return jax.tree.map(jnp.asarray, restore_tree(like, arrays, str(path)))
+    def seek(self, position: dict) -> None:
+        """See `Feed`."""
+        self.next = position.get("batch", 0)
 
 
 class Metrics:
-    """JSON lines in `path`; lines after `step` of an interrupted run are dropped, so the curve has
-    no repeats.
+    """JSON lines in `folder`; lines after `step` of an interrupted run are dropped, so the curve
+    has no repeats.  tensorboard: also in its format.
+
+    Raises: InputError when TensorBoard's writer is not installed.
     """
 
-    def __init__(self, path, step: int):
-        self.path = Path(path)
+    def __init__(self, folder: Path, step: int, tensorboard: bool = False):
+        self.path, self._board = folder / METRICS, None
         if self.path.exists():
-            lines = [
-                x
-                for x in self.path.read_text().splitlines()
-                if x.endswith("}") and json.loads(x)["step"] <= step
-            ]
-            self.path.write_text("".join(x + "\n" for x in lines))
+            lines = [x for x in self.path.read_text().splitlines() if _step_of(x) <= step]
+            write_atomic(self.path, "".join(x + "\n" for x in lines).encode())
+        if tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError as e:
+                raise InputError(
+                    "TensorBoard's writer is not installed; pip install 'lvjax[log]', or leave "
+                    "tensorboard out"
+                ) from e
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-    def write(self, **values) -> None:
+    def write(self, step: int, **values: float) -> None:
         """Append one line."""
+        short = {k: float(f"{v:.9g}") for k, v in values.items()}  # float32 comes back as it is
         with self.path.open("a") as f:
-            f.write(
-                json.dumps(
-                    {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
-                )
-                + "\n"
-            )
+            f.write(json.dumps({"step": step, **short}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what TensorBoard's writer still holds."""
+        if self._board is not None:
+            self._board.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line, infinity where a kill has cut it short."""
+    return json.loads(line)["step"] if line.endswith("}") else math.inf
+
+
+@dataclass
+class Outside:
+    """What happens beside training.
+
+    seconds: at most this long.  report: called with every logged line.  sample: called with the
+    state every `sample_every` steps.  tensorboard: see `Metrics`.
+    """
+
+    seconds: float = math.inf
+    report: Callable[[dict], None] = lambda line: None
+    sample: Callable[[TrainState], None] = lambda state: None
+    tensorboard: bool = False
 
 
 def fit(
     step: Callable,
     state: TrainState,
-    batches: Callable[[int], Any],
+    feed: Feed,
     o: TrainOptions,
     folder,
     *,
-    seconds: float | None = None,
-    devices: int = 1,
-    report=None,
+    fixed=None,
+    mesh=None,
+    outside: Outside | None = None,
 ) -> TrainState:
-    """Train to `o.steps` from the newest snapshot in `folder`, for at most `seconds` if given.
+    """Train to `o.steps` from the newest checkpoint in `folder`, else from `state`.
 
-    batches: step number -> pytree of arrays with the batch first.  report: called with each logged
-      dict.
-    SIGINT and SIGTERM wait for the step in flight and a snapshot, then take their course.
-    Raises: NonFiniteError when the loss is not finite; the last snapshot stays.
+    step: of `make_step`.  state, fixed: where they are to be, on the mesh.  mesh: None for one
+      device.
+    SIGINT and SIGTERM wait for the step in flight and a checkpoint, then take their course.
+    Raises: NonFiniteError when the loss or a gradient is not finite; the last checkpoint stays.
+      CheckpointError, StorageError as `Checkpoints`.
     """
+    outside, fixed = outside or Outside(), {} if fixed is None else fixed
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    snapshot = folder / SNAPSHOT
-    if snapshot.exists():
-        state = load_snapshot(snapshot, state)
-    mesh = make_mesh(data=devices)
-    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    metrics = Metrics(folder / "metrics.jsonl", int(state.step))
-    start = saved = mark = time.monotonic()
-    n = first = begun = int(state.step)
-    with stoppable() as stop:
-        while n < o.steps and (seconds is None or time.monotonic() - start < seconds):
-            state, values = step(state, shard_batch(batches(n), mesh))
+    inside = nullcontext() if mesh is None else jax.set_mesh(mesh)
+    with Checkpoints(folder) as saved, inside, stoppable() as stop:
+        if saved.newest is not None:
+            state, position = saved.restore(state)
+            feed.seek(position)
+        metrics = Metrics(folder, int(state.step), outside.tensorboard)
+        start = kept = mark = time.monotonic()
+        n = first = int(state.step)
+        values = {}
+        while n < o.steps and time.monotonic() - start < outside.seconds:
+            batch = next(feed)
+            batch = batch if mesh is None else shard_batch(batch, mesh)
+            state, values = step(state, fixed, batch)
             n += 1
             if n % o.log_every == 0 or n == o.steps:
-                values = _finite(values, n, snapshot)
-                now = time.monotonic()
-                line = {"step": n, "seconds_per_step": (now - mark) / (n - first), **values}
+                line, now = _finite(values, n, saved), time.monotonic()
+                line = {"seconds_per_step": (now - mark) / (n - first), **line}
                 mark, first = now, n
-                metrics.write(**line)
-                if report:
-                    report(line)
+                metrics.write(n, **line)
+                outside.report({"step": n, **line})
             if stop.signal is not None:
                 break
-            if time.monotonic() - saved > o.save_every:
-                _finite(values, n, snapshot)
-                save_snapshot(snapshot, state)
-                saved = time.monotonic()
-        if n > begun:
-            _finite(values, n, snapshot)
-        save_snapshot(snapshot, state)
+            if time.monotonic() - kept > o.save_every:
+                _finite(values, n, saved)
+                saved.save(state, feed.position())
+                kept = time.monotonic()
+            if o.sample_every and n % o.sample_every == 0:
+                outside.sample(state)
+        if values:
+            _finite(values, n, saved)
+        saved.save(state, feed.position())
+        metrics.close()
     if stop.signal is not None:
         signal.raise_signal(stop.signal)
     return state
 
 
-def _finite(values: dict, step: int, snapshot) -> dict[str, float]:
-    """The metrics of a step as floats; the gradient norm among them is finite only if all is."""
+def _finite(values: dict, step: int, saved: Checkpoints) -> dict[str, float]:
+    """The metrics of a step as floats; the gradient norm among them is finite only if all is.
+
+    With "skip" they are not finite in a step that was left out, and that is no error until the
+    optimiser gives up.
+    """
     values = {k: float(v) for k, v in values.items()}
-    if not all(map(math.isfinite, values.values())):
-        raise NonFiniteError(
-            f"step {step}: loss is {values['loss']}; lower the learning rate and rerun: it "
-            f"resumes from {snapshot}"
+    wrong = {k: v for k, v in values.items() if not math.isfinite(v)}
+    if wrong and not values.get("in_a_row", math.inf) <= IN_A_ROW:
+        name = "loss" if "loss" in wrong else min(wrong)
+        there = (
+            "there is no checkpoint yet"
+            if saved.newest is None
+            else (f"it resumes from step {saved.newest} in {saved.folder}")
         )
-    return values
+        raise NonFiniteError(
+            f"step {step}: {name} is {wrong[name]}; lower the learning rate and rerun: {there}"
+        )
+    return {k: v for k, v in values.items() if k not in wrong}

@@ -201,7 +201,7 @@ def test_commit_then_open_gives_back_the_same_memory():
     @jax.jit
     def cycle(cache):
         past = open_past(cache, rotation, slot)
-        past = past.write(0, keys[0], values[0]).write(1, keys[1], values[1])
+        past = past.extend(0, keys[0], values[0])[0].extend(1, keys[1], values[1])[0]
         cache = commit(cache, past, keys, slot, frames)
         return cache, open_past(cache, rotation, 0, seen)
 
@@ -258,7 +258,7 @@ def test_donated_buffers_are_reused():
 
     @partial(jax.jit, donate_argnums=0)
     def cycle(cache):
-        past = open_past(cache, rotation, 0).write(0, keys[0], keys[0])
+        past = open_past(cache, rotation, 0).extend(0, keys[0], keys[0])[0]
         return commit(cache, past, keys, 0, np.arange(2))
 
     before = cache.k.unsafe_buffer_pointer(), cache.v.unsafe_buffer_pointer()
@@ -276,8 +276,8 @@ def test_rows_on_different_devices_exchange_nothing():
     place = jnp.arange(8, dtype=jnp.int32) % 3, jnp.ones((8, 4), bool)
 
     def cycle(cache, slot, visible, keys):
-        past = open_past(cache, rotation, slot, visible).write(0, keys[0], keys[0])
-        return commit(cache, past, keys, slot, np.arange(2)), past.read(0)
+        past, *seen = open_past(cache, rotation, slot, visible).extend(0, keys[0], keys[0])
+        return commit(cache, past, keys, slot, np.arange(2)), seen
 
     given = *jax.device_put(place, rows), jax.device_put(jnp.ones((2, 8, TOKENS, 2, 12)), deep)
     text = jax.jit(cycle, donate_argnums=0).lower(cache, *given).compile().as_text()

@@ -30,9 +30,14 @@ from lvjax.nn.embed import cell_waves
 from lvjax.nn.rope import grid_table, rotate
 from lvjax.rollout.condition import condition
 from lvjax.train.extension import ExtensionTask, condition_of, extension_loss, local_start
-from lvjax.train.loop import TrainOptions
+from lvjax.train.state import TrainOptions
 from tests.drawn import drawn
 from tests.tiny import DIT, TEXT
+
+
+def encoded(params, ids):
+    return encode_text(params["text"], ids, TEXT)
+
 
 HEADS = DiTConfig(256, 2, 1, 64, condition_channels=20, patch=(1, 1, 1), text_dim=16, text_len=16)
 
@@ -77,8 +82,8 @@ def test_frames_of_another_prompt_are_always_given():
         store = SimpleNamespace(ids=ids, objects=np.full((2, 4, 17, 2), np.nan, np.float32))
         batch = latent_batches(stage, latents, store, stride=3)(0)
         names = {latents[v, c].tobytes()[:64]: (v, c) for v in range(2) for c in range(4)}
-        found = [names[x.tobytes()[:64]] for x in batch["latents"]]
-        assert [least == 2 for least in batch["least"]] == [x in new for x in found]
+        found = [names[x.tobytes()[:64]] for x in batch["latents"][:, -1]]
+        assert [least == 2 for least in batch["least"][:, -1]] == [x in new for x in found]
         assert any(x in new for x in found) == (frames == 5)
 
 
@@ -86,13 +91,13 @@ def test_the_loss_counts_no_frame_below_the_least():
     params = {"dit": drawn(dit_spec(DIT), 0),
               "text": drawn(text_spec(TEXT), 1)}  # fmt: skip
     z = np.random.default_rng(0).standard_normal((2, 5, 4, 4, 16)).astype(np.float32)
-    loss = jax.jit(extension_loss(DIT, TEXT, Recipe().task))
+    loss = jax.jit(extension_loss(DIT, encoded, Recipe().task))
 
     def gradient(least):
-        batch = {"ids": np.ones((2, 16), np.int32), "least": np.full(2, least),
-                 "covered": np.zeros((2, 5, 4, 4), np.float32)}  # fmt: skip
+        batch = {"text": np.ones((2, 1, 16), np.int32), "null": np.zeros((2, 16), np.int32),
+                 "least": np.full((2, 1), least)}  # fmt: skip
         f = jax.grad(lambda z: loss(params, batch | {"latents": z}, jax.random.key(3))[0])
-        return np.asarray(f(jnp.asarray(z)))
+        return np.asarray(f(jnp.asarray(z[:, None])))[:, 0]
 
     assert not gradient(np.int32(4))[:, 0].any() and gradient(np.int32(0))[:, 4].any()
 
@@ -154,7 +159,7 @@ def test_a_balanced_stage_shows_every_camera_move_as_often():
     places = np.full((4, 6, CLIP_FRAMES, 2), np.nan, np.float32)
     store = SimpleNamespace(ids=ids, objects=places)
     stage = Stage("s", 2000, 5, TrainOptions(1, 1.0), balanced=True)
-    rows = latent_batches(stage, latents, store, stride=3)(0)["latents"][:, 0, 0, 0, 0]
+    rows = latent_batches(stage, latents, store, stride=3)(0)["latents"][:, -1, 0, 0, 0, 0]
     for row in (21, 22, 23):
         assert 0.2 < (rows == row).mean() < 0.3
 
@@ -167,10 +172,11 @@ def test_a_stage_may_ask_for_objects_that_enter():
     latents = np.arange(24, dtype=np.float16).reshape(4, 6, 1, 1, 1, 1) * np.ones((5, 4, 4, 16))
     store = SimpleNamespace(ids=np.ones((4, 6, 16), np.int32), objects=places)
     stage = Stage("s", 256, 5, TrainOptions(1, 1.0), enters=0.5)
-    rows = latent_batches(stage, latents, store, stride=3)(0)["latents"][:, 0, 0, 0, 0]
+    rows = latent_batches(stage, latents, store, stride=3)(0)["latents"][:, -1, 0, 0, 0, 0]
     assert 0.35 < np.isin(rows, [6, 22]).mean() < 0.75 and len(np.unique(rows)) == 24
     remembers = latent_batches(replace(stage, memory=1, enters=1.0), latents, store, stride=3)(0)
-    assert np.unique(remembers["latents"]).tolist() == [22]
+    assert np.unique(remembers["latents"][:, -1]).tolist() == [22]
+    assert (np.unique(remembers["latents"][:, 0]) < 22).all() and (remembers["frame"] < 1).all()
 
 
 def test_errors_on_an_object_count_more():
@@ -179,10 +185,11 @@ def test_errors_on_an_object_count_more():
     covered = np.zeros((2, 5, 4, 4), np.float32)
     covered[:, 2:, 1, 1] = 1
     loud = np.where(covered[..., None] > 0, 3.0, 0.1) * np.ones(16, np.float32)
-    batch = {"latents": loud, "ids": np.ones((2, 16), np.int32),
-             "least": np.zeros(2, np.int32), "covered": covered}  # fmt: skip
+    batch = {"latents": loud[:, None], "text": np.ones((2, 1, 16), np.int32),
+             "null": np.zeros((2, 16), np.int32), "least": np.zeros((2, 1), np.int32),
+             "covered": covered[:, None]}  # fmt: skip
     plain, weighted = (
-        float(extension_loss(DIT, TEXT, ExtensionTask(object_weight=w))(
+        float(extension_loss(DIT, encoded, ExtensionTask(object_weight=w))(
             params, batch, jax.random.key(3))[0]) for w in (0.0, 8.0)
     )  # fmt: skip
     assert weighted > 1.5 * plain
