@@ -150,9 +150,10 @@ def newest(folder: Path, stages: tuple[Stage, ...], params, begun=None):
 
 
 def _after(stage: Stage, params, folder: Path):
-    state, fixed = begin(stage, params)
+    """The parameters after a stage; of `params` only what it did not move is used."""
+    like = jax.eval_shape(lambda params: begin(stage, params)[0], params)
     with Checkpoints(folder / stage.name) as saved:
-        return joined(saved.restore(state)[0].ema, fixed)
+        return joined(saved.restore(like)[0].ema, split(params, stage.frozen)[1])
 
 
 def _stages(stages, params, make_loss, make_batches, run: Run):

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
 
 from lvjax.core.digest import digests
 from lvjax.core.errors import CheckpointError, StorageError
@@ -108,10 +109,12 @@ class Checkpoints:
 
 
 def _abstract(like):
-    """Shapes, types and layout of a tree."""
+    """Shapes, types and layout of a tree: one device where it has none."""
+    alone = SingleDeviceSharding(jax.devices()[0])
 
     def leaf(a):
-        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None))
+        place = getattr(a, "sharding", None) or alone
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
 
     return jax.tree.map(leaf, like)
 

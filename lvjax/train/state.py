@@ -94,7 +94,9 @@ def make_optimizer(o: TrainOptions) -> optax.GradientTransformation:
 
 
 def init_state(params, optimizer, seed: int = 0) -> TrainState:
-    """The state before the first step; the average begins at the parameters."""
+    """The state before the first step, which takes over the parameters (a step donates them); the
+    average begins as a copy.
+    """
     key = jax.random.key_data(jax.random.key(seed))
     step = jnp.zeros((), jnp.int32)
     return TrainState(params, jax.tree.map(jnp.copy, params), optimizer.init(params), step, key)

@@ -12,9 +12,9 @@ import pytest
 
 from lvjax.cli import train
 from lvjax.cli.main import main
-from lvjax.core.checkpoint import load_arrays
 from lvjax.lab.gpu_train import TINY
 from lvjax.run.weights import load
+from lvjax.train.checkpoints import Checkpoints, is_begun
 
 RECIPE = dataclasses.replace(
     TINY, extension=(dataclasses.replace(TINY.extension[0], name="dit", memory=0),)
@@ -47,8 +47,12 @@ def finished(tmp_path_factory):
 
 
 def steps(folder) -> dict[str, int]:
-    paths = {s: folder / s / "snapshot.safetensors" for s in STAGES}
-    return {s: load_arrays(p)[1]["step"] for s, p in paths.items() if p.exists()}
+    found = {}
+    for stage in STAGES:
+        if is_begun(folder / stage):
+            with Checkpoints(folder / stage) as saved:
+                found[stage] = saved.newest
+    return found
 
 
 def stages(kind: str, name: str | None = None, **changes) -> str:

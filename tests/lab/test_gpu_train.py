@@ -6,10 +6,11 @@ import json
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lvjax.core.checkpoint import load_arrays, save_arrays
+from lvjax.core.checkpoint import save_arrays, tree_arrays
 from lvjax.core.errors import InputError
 from lvjax.core.params import abstract, flatten
 from lvjax.data.clips import ClipStore
@@ -17,7 +18,8 @@ from lvjax.lab import gpu_train, pieces, pocket
 from lvjax.lab.recipe import Recipe
 from lvjax.run.weights import load
 from lvjax.train import loop
-from lvjax.train.loop import init_state, make_optimizer, save_snapshot
+from lvjax.train.checkpoints import Checkpoints
+from lvjax.train.state import init_state, make_optimizer
 
 TINY = gpu_train.TINY
 
@@ -78,14 +80,20 @@ def _working(folder, steps: int, done: bool):
     rng = np.random.default_rng(0)
 
     def draw(a):
-        value = rng.standard_normal(a.shape) if a.dtype == np.float32 else np.asarray(steps)
-        return value.astype(a.dtype)
+        value = rng.standard_normal(a.shape) if a.dtype == np.float32 else np.full(a.shape, steps)
+        return jnp.asarray(value, a.dtype)
 
     state = jax.tree.map(draw, like)
-    (folder / stage.name).mkdir(parents=True)
-    save_snapshot(folder / stage.name / "snapshot.safetensors", state)
+    state = state.replace(key=jax.random.key_data(jax.random.key(stage.options.seed)))
+    with Checkpoints(folder / stage.name) as saved:
+        saved.save(state)
     if done:
         (folder / stage.name / "done").touch()
+
+
+def _saved(folder, group):
+    with Checkpoints(folder) as saved:
+        return tree_arrays(saved.restore(pieces._like(group, group.stages[0]))[0])
 
 
 @pytest.mark.parametrize("level", range(len(pieces.LEVELS)))
@@ -97,9 +105,8 @@ def test_every_level_comes_back(tmp_path, monkeypatch, level):
     assert description["steps"] == 1 and description["stages"]["vae_image"]["step"] == 1
     arrays, stored = pieces.read(pieces.newest(tmp_path))
     pieces.unpack(tmp_path / "again", arrays, stored, own)
-    found, meta = load_arrays(tmp_path / "again" / "vae_image" / "snapshot.safetensors")
-    wanted, _ = load_arrays(tmp_path / "work" / "vae_image" / "snapshot.safetensors")
-    assert meta["step"] == 1 and found.keys() == wanted.keys()
+    found, wanted = (_saved(tmp_path / name / "vae_image", own[0]) for name in ("again", "work"))
+    assert found["step"] == 1 and found.keys() == wanted.keys()
     kept = pieces.LEVELS[0]
     for name, a in wanted.items():
         tree, _, rest = name.partition("/")

@@ -41,6 +41,11 @@ def begin(mesh):
     return jax.device_put(state, state_shardings(state, shardings(SPEC, mesh), mesh))
 
 
+def new_step():
+    loss = extension_loss(DIT, lambda params, rows: rows, TASK)
+    return make_step(loss, make_optimizer(OPTIONS), OPTIONS)
+
+
 def train(mesh, state, first=0):
     step = make_step(
         extension_loss(DIT, lambda params, rows: rows, TASK), make_optimizer(OPTIONS), OPTIONS
