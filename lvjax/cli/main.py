@@ -13,7 +13,12 @@ import signal
 import sys
 import traceback
 
-from lvjax.core.errors import DoesNotFitError, LvjaxError, StorageError, one_line
+from lvjax.core.errors import (
+    DoesNotFitError,
+    LvjaxError,
+    of_system,
+    one_line,
+)
 from lvjax.core.signals import interruptible
 
 COMMANDS = {
@@ -52,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack a letter of a prompt or a name
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with interruptible():
             args = build_parser(argv).parse_args(argv)
@@ -68,10 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as e:
-        error = StorageError(
-            f"cannot use {e.filename or 'a file'}: {e.strerror or e}; free space or choose another "
-            "place"
-        )
+        error = of_system(e)
         return _end(error, error.code, debug)
     except KeyboardInterrupt as e:
         print("lvjax: interrupted", file=sys.stderr)

@@ -341,5 +341,5 @@ def _smaller(bundle: Bundle, work: Work, offload: str) -> str:
         if fits(propose(bundle, work, offload)):
             height, width = work.size
             videos = "one video" if work.batch == 1 else f"{work.batch} videos at once"
-            return f"{videos} of --size {width}x{height} would fit"
+            return f"{videos} of {width}x{height} would fit"
     return "no smaller setting fits: free memory"

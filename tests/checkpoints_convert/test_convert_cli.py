@@ -16,14 +16,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from checkpoints_convert import convert as converter
 from checkpoints_convert.convert import part_kinds
-from checkpoints_convert.recognise import recognise
+from checkpoints_convert.recognise import Model, recognise
 from checkpoints_convert.tensors import Entry, Tensors
 from lvjax.cli import convert as command
+from lvjax.cli import convert_back
 from lvjax.cli.main import main
-from lvjax.core.checkpoint import load_arrays
+from lvjax.core.checkpoint import load_arrays, save_arrays
 from lvjax.core.streaming import total_bytes
 from lvjax.run import lock
 from tests.checkpoints_convert.bad_files import ROOT
@@ -117,7 +119,7 @@ def test_several_sets_of_weights_in_one_file(tmp_path, capsys):
         chosen = given[1] if given else name
         assert f"dit (weights {chosen!r}, official naming" in capsys.readouterr().err
         assert convert(dst, tmp_path / name, "--to", "official") == 0
-        assert bits(tmp_path / name / "transformer") == bits(sets[name])
+        assert bits(tmp_path / name) == bits(sets[name])
         facts = json.loads((dst / "dit.report.json").read_text())
         assert facts["source"]["weights"] == chosen
     # what is there is of one set, and is not taken for another
@@ -169,8 +171,8 @@ def test_progress_counts_what_is_written(tmp_path, src, monkeypatch, dtype, fmt)
         bars.append((size, tqdm(total=size, disable=False, file=open(os.devnull, "w"))))  # noqa: SIM115
         return bars[-1][1]
 
-    tqdm = command.tqdm
-    monkeypatch.setattr(command, "_bar", bar)
+    for module in (command, convert_back):
+        monkeypatch.setattr(module, "bar", bar)
     assert convert(src, tmp_path / "dst", "--dtype", dtype, "--format", fmt) == 0
     assert convert(tmp_path / "dst", tmp_path / "back", "--to", "official") == 0
     stored = opened(tmp_path / "dst", "dit")
@@ -179,6 +181,44 @@ def test_progress_counts_what_is_written(tmp_path, src, monkeypatch, dtype, fmt)
     for size, shown in bars:
         assert size == shown.n == written
         shown.fp.close()
+
+
+def test_the_report_says_what_the_types_were(tmp_path):
+    own = weights()
+    own["blocks.1.ffn.0.weight"] = own["blocks.1.ffn.0.weight"].astype(ml_dtypes.bfloat16)
+    path = write(own, tmp_path / "src", "x", "file")
+    assert convert(path, tmp_path / "dst", "--dtype", "float32") == 0
+    arrays = json.loads((tmp_path / "dst" / "dit.report.json").read_text())["arrays"]
+    assert arrays["blocks/ffn/fc1/kernel"]["source_dtype"] == "bfloat16 + float32"
+    assert arrays["blocks/ffn/fc2/kernel"]["source_dtype"] == "float32"
+    assert {line["dtype"] for line in arrays.values()} == {"float32"}
+
+
+@pytest.mark.parametrize("wrong", ["left out", "used twice"])
+def test_the_report_is_a_proof(tmp_path, src, capsys, monkeypatch, wrong):
+    """A plan that is wrong ends the conversion, also where Python leaves assertions out."""
+    plan = Model.plan
+
+    def bad(model):
+        made = plan(model)
+        places = made.places[:-1] if wrong == "left out" else (*made.places, made.places[0])
+        return made._replace(places=places)
+
+    monkeypatch.setattr(Model, "plan", bad)
+    assert "is not used exactly once" in fails(capsys, 3, src, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+
+
+def test_a_configuration_with_fewer_words_is_the_same(tmp_path, src):
+    """A part of a version that knew fewer sizes: what it does not say is as usual."""
+    dst = tmp_path / "dst"
+    assert convert(src, dst) == 0
+    stored = opened(dst, "dit")
+    config = {k: v for k, v in stored.meta["config"].items() if k != "theta"}
+    assert len(config) < len(stored.meta["config"])
+    save_arrays(dst / "dit.safetensors", dict(stored), {"part": "dit", "config": config})
+    before = (dst / "dit.safetensors").read_bytes()
+    assert convert(src, dst) == 0 and (dst / "dit.safetensors").read_bytes() == before
 
 
 # ---- what is in DST ----------------------------------------------------------------------
@@ -218,7 +258,7 @@ def test_other_weights_under_the_same_name(tmp_path, src, capsys):
         assert (dst / "dit.safetensors").read_bytes() == first
     assert convert(src, dst, "--overwrite") == 0
     assert convert(dst, tmp_path / "back", "--to", "official") == 0
-    assert bits(tmp_path / "back" / "transformer") == bits(own)
+    assert bits(tmp_path / "back") == bits(own)
 
 
 def test_the_other_format_is_replaced(tmp_path, src, capsys):
@@ -347,21 +387,24 @@ def test_a_place_that_cannot_be_written(tmp_path, src, capsys):
         shutil.copy(src, root / "x.safetensors")
         (root / "x.safetensors").chmod(0o644)
         dst = root / "x" / "closed"
-        for closed in (dst, root / "x"):  # DST itself, or where it would be made
-            closed.chmod(0o555)
-            with a_user():
-                says = fails(capsys, 6, root / "x.safetensors", dst)
-            assert "Permission denied" in says and not list(dst.iterdir())
-            closed.chmod(0o777)
+        dst.chmod(0o555)
+        with a_user():
+            says = fails(capsys, 6, root / "x.safetensors", dst)
+        assert "Permission denied" in says and not list(dst.iterdir())
+        dst.chmod(0o777)
+        (root / "x").chmod(0o555)  # what is around DST need not be writable
+        with a_user():
+            assert convert(root / "x.safetensors", dst) == 0
+        (root / "x").chmod(0o777)
 
 
 def test_dst_in_use(tmp_path, src, capsys):
-    with lock.hold(tmp_path / "dst", "DST"):
+    with lock.hold(tmp_path / "dst", "DST", inside=True):
         says = fails(capsys, 7, src, tmp_path / "dst")
         assert "is being written by process" in says
         assert "is being written" in fails(capsys, 7, src, tmp_path / "src" / ".." / "dst")
-    assert not (tmp_path / "dst").exists()
-    assert convert(src, tmp_path / "dst") == 0 and not (tmp_path / "dst.lock").exists()
+    assert not list((tmp_path / "dst").iterdir())
+    assert convert(src, tmp_path / "dst") == 0 and not (tmp_path / "dst" / ".lock").exists()
 
 
 # ---- the way back ------------------------------------------------------------------------
@@ -403,7 +446,7 @@ def test_exports_in_shards(tmp_path, src, monkeypatch):
     assert convert(src, tmp_path / "dst", "--format", "orbax") == 0
     monkeypatch.setattr(export.plan_export, "__defaults__", (300_000,))
     assert convert(tmp_path / "dst", tmp_path / "back", "--to", "official") == 0
-    folder = tmp_path / "back" / "transformer"
+    folder = tmp_path / "back"
     shards = sorted(folder.glob("*.safetensors"))
     assert len(shards) > 3 and shards[0].name.endswith(f"-00001-of-{len(shards):05d}.safetensors")
     assert bits(folder) == bits(weights())
@@ -422,6 +465,7 @@ def test_options_that_do_not_go_together(tmp_path, src, capsys):
         ("--weights", "x"),
         ("--keep-unused",),
         ("--verify",),
+        ("--preset", "wan2.1-t2v-1.3b"),
     ):
         says = fails(capsys, 2, tmp_path / "dst", tmp_path / "no", "--to", "official", *options)
         assert f"{options[0]} is not for the way back" in says
@@ -444,8 +488,11 @@ def _later(key):
 @pytest.mark.parametrize(
     ("arrays", "says"),
     [
-        (_later("blocks.0.self_attn.q.lora_A.weight"), "is a LoRA: give it with --lora"),
-        (_later("blocks.0.norm3.diff"), "weight differences: give it with --lora"),
+        (_later("blocks.0.self_attn.q.lora_A.weight"), "is a LoRA, or a file of"),
+        (
+            _later("blocks.0.norm3.diff"),
+            "a LoRA, or a file of weight differences: give it with --lora",
+        ),
         (_later("vace_blocks.0.x"), "is a VACE model"),
         (_later("model.embed_tokens.weight"), "is neither a diffusion transformer nor"),
         (weights() | _later("blocks.0.extra.weight"), "x.safetensors: 1 arrays have no place in"),

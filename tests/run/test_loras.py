@@ -2,7 +2,9 @@
 """LoRAs of a bundle: beside the weights and merged, several, for two experts, taken off again."""
 
 import dataclasses
+import errno
 import json
+from fractions import Fraction
 from functools import partial
 
 import jax
@@ -206,8 +208,22 @@ def test_several_are_one_after_another(plain, files):
     assert [x.path.name for x in added.loras] == ["a.safetensors", "b.safetensors"]
     merged = lvjax.with_lora(added, [], merge=True)
     assert same(merged.params, lvjax.with_lora(plain, [a, b], merge=True).params)
-    back = lvjax.with_lora(merged, [])  # beside the weights again
+    back = lvjax.with_lora(merged, [], merge=False)  # beside the weights again
     assert same(back.params, together.params) and back.hashes == together.hashes
+
+
+def test_one_more_is_added_as_those_before(plain, files):
+    """Merged to merged ones, and beside those that are beside, unless it is said."""
+    a, b = files / "a.safetensors", files / "b.safetensors"
+    for merge in (False, True):
+        both = lvjax.with_lora(lvjax.with_lora(plain, a, merge), b)
+        wanted = lvjax.with_lora(plain, [a, b], merge)
+        assert both.merged == merge and both.hashes == wanted.hashes
+        assert same(both.params, wanted.params)
+    with pytest.raises(InputError, match="no LoRA is given to be merged"):
+        lvjax.load(files / "model", merge=True)
+    with pytest.raises(InputError, match="merge is 1; give True, False or None"):
+        lvjax.with_lora(plain, a, merge=1)
 
 
 def kinds(params) -> set:
@@ -220,11 +236,11 @@ def kinds(params) -> set:
 def test_weights_that_wait_are_changed_where_they_are(plain, files, merge):
     """Both on the way in and later; with differences, which are never kept beside."""
     asked = [(files / "a.safetensors", 0.5), files / "b.safetensors"]
-    waits = lvjax.load(files / "model", offload=True)
+    waits = lvjax.load(files / "model", offload="layers")
     assert kinds(waits.params) == {"pinned_host"} and kinds(plain.params) == {"device"}
     wanted = lvjax.with_lora(plain, asked, merge)
     changed = lvjax.with_lora(waits, asked, merge)
-    whole = lvjax.load(files / "model", lora=asked, merge=merge, offload=True)
+    whole = lvjax.load(files / "model", lora=asked, merge=merge, offload="layers")
     for found in (changed, whole):
         assert kinds(found.params) == {"pinned_host"} and same(found.params, wanted.params)
     again = lvjax.without_lora(changed)
@@ -412,13 +428,62 @@ def test_what_is_no_way_to_ask(given, plain):
         lvjax.with_lora(plain, given)
 
 
-@pytest.mark.parametrize("strength", ("1", None, True, float("nan"), float("inf"), [1]))
+NO_NUMBERS = ("1", None, True, float("nan"), float("inf"), [1], 10**400, 10**5000,
+              Fraction(10**400), np.array([1.0]), np.zeros((3, 3)), np.array(np.nan),
+              np.bool_(True), np.array("1"), np.complex64(1), jax.random.key(0),
+              jnp.ones((2, 2)))  # fmt: skip
+
+
+@pytest.mark.parametrize("strength", NO_NUMBERS, ids=lambda x: type(x).__name__)
 def test_strengths_that_are_no_numbers(strength, plain, files):
     path = files / "a.safetensors"
-    with pytest.raises(InputError, match="the strength of a LoRA is"):
-        lvjax.with_lora(plain, (path, strength))
-    with pytest.raises(InputError, match="the strength of a LoRA is"):
-        lvjax.with_strength(lvjax.with_lora(plain, path), [strength])
+    for call in (
+        lambda: lvjax.with_lora(plain, (path, strength)),
+        lambda: lvjax.with_strength(lvjax.with_lora(plain, path), [strength]),
+    ):
+        with pytest.raises(InputError, match="the strength of a LoRA is .* one finite number") as e:
+            call()
+        assert "\n" not in str(e.value) and len(str(e.value)) < 200
+
+
+HALVES = (0.5, Fraction(1, 2), np.float16(0.5), np.array(0.5), jnp.float32(0.5), jnp.bfloat16(0.5))
+
+
+@pytest.mark.parametrize("number", HALVES, ids=lambda x: type(x).__name__)
+def test_a_strength_is_a_number_of_python_numpy_or_jax(number, plain, files):
+    bundle = lvjax.with_lora(plain, files / "a.safetensors")
+    (found,) = lvjax.with_strength(bundle, number).loras
+    assert found.strength == 0.5 and type(found.strength) is float
+
+
+def test_a_file_system_that_refuses_is_one_of_our_errors(plain, files, monkeypatch):
+    path = files / "a.safetensors"
+    merged = lvjax.load(files / "model", lora=path, merge=True)
+
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "secret")
+
+    monkeypatch.setattr(module, "read_weights", refused)
+    monkeypatch.setattr(module, "open_adapter", refused)
+    for call in (
+        lambda: lvjax.with_lora(plain, path),
+        lambda: lvjax.with_strength(merged, 0.5),
+        lambda: lvjax.without_lora(merged),
+    ):
+        with pytest.raises(CheckpointError, match="cannot use secret: Permission denied; give one"):
+            call()
+
+
+@pytest.mark.parametrize("model", (5, "pocket", None, np.zeros((3, 3))), ids=repr)
+def test_what_is_no_model(model, files):
+    for call in (
+        lambda: lvjax.with_lora(model, files / "a.safetensors"),
+        lambda: lvjax.with_strength(model, 1.0),
+        lambda: lvjax.without_lora(model),
+    ):
+        with pytest.raises(InputError, match="the model is .*give what lvjax.load returns") as e:
+            call()
+        assert "\n" not in str(e.value)
 
 
 def test_strengths_one_for_each(plain, files):
@@ -426,7 +491,9 @@ def test_strengths_one_for_each(plain, files):
         lvjax.with_strength(plain, [1.0])
     with pytest.raises(InputError, match="2 strengths are given for 1"):
         lvjax.with_strength(lvjax.with_lora(plain, files / "a.safetensors"), [1.0, 2.0])
-    with pytest.raises(InputError, match="merge is 1; give True or False"):
+    with pytest.raises(InputError, match=r"an array of shape \[2, 1\]; give one number for all"):
+        lvjax.with_strength(lvjax.with_lora(plain, files / "a.safetensors"), np.ones((2, 1)))
+    with pytest.raises(InputError, match="merge is 1; give True, False or None"):
         lvjax.with_lora(plain, files / "a.safetensors", merge=1)
 
 
@@ -446,7 +513,7 @@ def test_the_command_line_writes_a_strength_and_an_expert(tmp_path, monkeypatch)
     }
     for text, (path, *rest) in wanted.items():
         assert parse(text) == Asked(module.Path(path), *rest)
-    for text in ("x=", "x=strong", "x=nan", "x=0.8,0.9", "c=d"):
+    for text in ("x=", "x=strong", "x=nan", "x=0.8,0.9", "c=d", "x=1_0"):
         with pytest.raises(InputError, match="the strength is"):
             parse(text)
     for text in ("", "high:", "=1", "a\0"):
