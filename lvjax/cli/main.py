@@ -28,6 +28,7 @@ COMMANDS = {
     "train": "train a model from a config",
     "convert": "turn PyTorch Wan weights into lvjax weights",
     "encode": "read prompts once, for machines without a text encoder",
+    "tune-trflow": "find the lower threshold of T-RFlow for a model",
 }
 
 
@@ -49,8 +50,12 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
         )
         if name in argv:
-            importlib.import_module(f"lvjax.cli.{name}").add_arguments(sub)
+            _module(name).add_arguments(sub)
     return parser
+
+
+def _module(command: str):
+    return importlib.import_module(f"lvjax.cli.{command.replace('-', '_')}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with interruptible():
             args = build_parser(argv).parse_args(argv)
-            return importlib.import_module(f"lvjax.cli.{args.command}").run(args) or 0
+            return _module(args.command).run(args) or 0
     except LvjaxError as e:
         return _end(e, e.code, debug)
     except MemoryError:
