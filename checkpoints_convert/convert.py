@@ -89,13 +89,23 @@ def write_part(
     kinds = part_kinds(model, plan, dtype)
     check_copies(model.tensors, plan)
 
+    checked = set()  # arrays of the source that were read, and so found to be finite
+
     def pieces(name: str):
-        return lambda index: _piece(places[name], index, kinds[name].dtype, model.tensors)
+        def piece(index: int) -> np.ndarray:
+            made = _piece(places[name], index, kinds[name].dtype, model.tensors)
+            checked.add(places[name].sources[index])
+            return made
+
+        return piece
 
     meta, source = part_meta(model, part), source_facts(model.tensors)
 
     def finish(crc: dict[str, int]) -> None:
-        tell(report(model, part, dtype, crc, source))
+        for name in {name for place in plan.places for name in place.sources} - checked:
+            model.tensors.check(name)  # what a run before has written
+            checked.add(name)
+        tell(report(model, part, dtype, crc, source) | {"finite": len(checked)})
 
     identity = json.dumps([__version__, source])  # another version may convert otherwise
     write_stream(path, kinds, meta, pieces, fmt, identity, progress, finish)

@@ -211,7 +211,7 @@ def _facts(source: Source, stored: Stored, args) -> dict:
     """
     path, known = _report(stored.path.parent, source.part), source_facts(source.model.tensors)
     sums, found = {name: slot.crc for name, slot in stored.slots.items()}, read_json(path)
-    kept = {name: found[name] for name in ("lvjax", "fingerprint") if name in found}
+    kept = {name: found[name] for name in ("lvjax", "finite", "fingerprint") if name in found}
     facts = report(source.model, source.part, args.dtype, sums, known)
     facts = json.loads(json.dumps(facts)) | kept
     if facts != found:

@@ -112,6 +112,7 @@ def check_report(folder, name: str, arrays: dict, dtype: str) -> None:
     assert source["used"] == len(arrays) - len(unused) - len(copies)
     assert set(source["unused"]) == unused and set(source["copies"]) == copies
     assert facts["part"] == part and facts["dtype"] == dtype
+    assert facts["finite"] == facts["source"]["used"] > 0
     assert facts["config"] == json.loads(json.dumps(stored.meta["config"]))
     used = [a for k, a in arrays.items() if k not in unused | copies]
     assert facts["parameters"] == sum(a.size for a in used)
