@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
+from tests.redrawn import redrawn
+
 WORDS = 120
 LONGEST = 24  # tokens, of max_seq_length
 POSITIONS = 40
@@ -82,12 +84,11 @@ def their_tokenizer(lower: bool = True, **settings) -> BertTokenizerFast:
 
 def their_model() -> BertModel:
     """transformers' model, every parameter drawn at random."""
-    model, generator = BertModel(CONFIG).eval(), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            p.copy_(1 + 0.3 * noise if "LayerNorm.weight" in key else 0.3 * noise)
-    return model
+    special = {
+        "LayerNorm.weight": lambda noise, _: 1 + 0.3 * noise,
+        "": lambda noise, _: 0.3 * noise,
+    }
+    return redrawn(BertModel(CONFIG), special, seed=1)
 
 
 def sentence_folder(folder: Path, words: str = "tokenizer.json", weights: str = "safetensors"):

@@ -77,7 +77,7 @@ def outside(path: Path) -> set[str]:
 
 
 def test_what_is_imported_is_declared():
-    """An installation with the extra for plots has every package that a file of the wheel imports."""
+    """With the extra for plots, every package that a file of the wheel imports is installed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = project["dependencies"] + project["optional-dependencies"]["plot"]
     declared = {re.match(r"[\w-]+", d)[0].replace("-", "_") for d in needed}

@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"length; gives 1 + 4·round(s·fps/4) frames (default: {SECONDS:g}, less where another "
         "video is made of a shorter one)",
     )
-    add("--frames", type=int, help="length in frames, 1 + 4m")
+    add("--frames", "--num-frames", type=int, help="length in frames, 1 + 4m")
     add("--size", metavar="WxH", help=f"picture size, for example 64x64, or {', '.join(SIZES)}")
     add("--steps", type=int, help="sampler steps")
     add("--guidance", metavar="G", help="guidance scale, 1 is none; LOW,HIGH for two experts")

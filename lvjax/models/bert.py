@@ -16,7 +16,7 @@ from jax import lax
 
 from lvjax.core.errors import InputError
 from lvjax.core.params import Param, Spec, stack
-from lvjax.core.shapes import expect
+from lvjax.core.shapes import expect_tokens
 from lvjax.kernels.attention import attend
 from lvjax.models.config import check, check_real, check_sizes
 from lvjax.models.dit_block import norm_spec
@@ -117,12 +117,7 @@ def encode_bert(params, ids, mask, cfg: BertConfig):
     Returns: float32 [B, M, dim]; rows of padding hold numbers without a meaning.
     Raises: InputError for wrong shapes or a text that is too long.
     """
-    sizes = expect(ids, "B M", "ids")
-    expect(mask, "B M", "mask", **sizes)
-    if sizes["M"] > cfg.positions:
-        raise InputError(
-            f"ids have {sizes['M']} tokens, the encoder takes {cfg.positions}; shorten the text"
-        )
+    expect_tokens(ids, mask, cfg.positions)
     mask = mask.astype(bool)
 
     def layer(x, p):

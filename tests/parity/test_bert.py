@@ -23,6 +23,7 @@ from lvjax.core.params import abstract, count
 from lvjax.models import bert
 from lvjax.models.bert import BertConfig, bert_spec, encode_bert, sentence_features
 from tests.checkpoints_convert.in_memory import convert
+from tests.redrawn import arrays, redrawn
 from tests.tiny import relative
 
 TOLERANCE = 5e-6
@@ -49,22 +50,15 @@ def their_config(**changes):
 @cache
 def oracle():
     """transformers' model with random parameters that all matter, and its arrays by name."""
-    model = BertModel(their_config()).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if "embeddings." in key and p.ndim == 2:  # so small that the norm's epsilon shows
-                p.copy_(0.005 * noise)
-            elif key.endswith("bias"):
-                p.copy_(0.3 * noise)
-            elif p.ndim == 1:
-                p.copy_(1 + 0.3 * noise)
-            elif ".output.dense" in key and "attention" not in key:  # so that GELU's form shows
-                p.copy_(4 * noise / p[0].numel() ** 0.5)
-            else:
-                p.copy_(noise / p[0].numel() ** 0.5)
-    return model, {key: p.detach().numpy() for key, p in model.named_parameters()}
+    special = {
+        "embeddings.LayerNorm.weight": lambda noise, _: 1 + 0.3 * noise,
+        "embeddings.LayerNorm.bias": lambda noise, _: 0.3 * noise,
+        "embeddings.": lambda noise, _: 0.005 * noise,  # so small that the norm's epsilon shows
+        "attention.output.dense.weight": lambda noise, fan: fan * noise,
+        "output.dense.weight": lambda noise, fan: 4 * fan * noise,  # so that GELU's form shows
+    }
+    model = redrawn(BertModel(their_config()), special)
+    return model, arrays(model)
 
 
 @cache

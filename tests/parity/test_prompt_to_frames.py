@@ -18,7 +18,7 @@ from lvjax.flow.schedule import make_schedule
 from lvjax.io.clip_image import clip_pixels
 from lvjax.rollout.clipwise import clip_noise
 from lvjax.run.presets import PRESETS
-from tests.parity.test_dit import Sinusoid
+from tests.parity.dit_oracle import Sinusoid
 from tests.parity.test_wan_pipelines import OfficialGrid, one_thread  # noqa: F401  a fixture
 from tests.tiny import relative
 from tests.wan_folder import save_modules, wan_modules, wan_tokenizer
