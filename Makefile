@@ -23,7 +23,9 @@ demo: $(BIN)/.core
 test: $(BIN)/.test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
+# The whole suite as users' programs are compiled; then what takes minutes, alone, as it measures memory.
 test-long: $(BIN)/.test
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -q tests -m long
 
 # Kernel correctness and benchmarks on the accelerator at hand; from the source tree, nothing is installed.

@@ -5,17 +5,14 @@ Does not own: reading it for a model (lora.py), which refuses what does not fit.
 """
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from checkpoints_convert.keys_lora import Part, find_part, names_of, refuse_others
-from checkpoints_convert.lora_file import SECOND
 from checkpoints_convert.sizes import Shapes
 from lvjax.core.errors import CheckpointError
 from lvjax.models.config import WAN_FLF2V_14B, DiTConfig
 
-_SIGN = re.compile(r"\.lora_|[._]lora\.|^lora_|\.diff(_[bm])?$|dora_scale|hada_w|lokr_w|\.oft_")
 WIDE = {  # weights whose inputs (A), or outputs (B), are as wide as the transformer
     "a": ("blocks/self_attn/", "blocks/cross_attn/q", "blocks/cross_attn/o", "blocks/ffn/fc1"),
     "b": ("blocks/self_attn/", "blocks/cross_attn/", "blocks/ffn/fc2"),
@@ -29,7 +26,6 @@ class LoraFacts(NamedTuple):
     layers: up to the last block that is changed.  width: of the transformer, None when no array
       tells it.
     models: which of the transformers asked about it fits.  unused: arrays that belong to none.
-    expert: "high" or "low" noise or "both" where names say it, else None.
     """
 
     family: str
@@ -40,12 +36,6 @@ class LoraFacts(NamedTuple):
     width: int | None
     models: tuple[str, ...]
     unused: int
-    expert: str | None
-
-
-def is_lora(names: Iterable[str]) -> bool:
-    """Whether these are the names of a LoRA's arrays."""
-    return any(map(_SIGN.search, names))
 
 
 def lora_facts(shapes: Shapes, models: Mapping[str, DiTConfig], name: str) -> LoraFacts:
@@ -73,7 +63,6 @@ def lora_facts(shapes: Shapes, models: Mapping[str, DiTConfig], name: str) -> Lo
         _width(shapes, parts),
         tuple(model for model, cfg in models.items() if _fits(shapes, parts, cfg)),
         len(shapes) - len(parts),
-        _expert(shapes),
     )
 
 
@@ -82,12 +71,6 @@ def _family(parts: Mapping[str, Part]) -> str:
         return "kohya's names"
     diffusers = any(".attn1." in key or ".attn2." in key for key in parts)
     return "diffusers' names" if diffusers else "official names"
-
-
-def _expert(names: Iterable[str]) -> str | None:
-    second = any(name.startswith(SECOND) for name in names)
-    first = any(name.startswith("transformer.") for name in names)
-    return ("both" if first else "low") if second else None
 
 
 def _width(shapes: Shapes, parts: Mapping[str, Part]) -> int | None:

@@ -31,12 +31,17 @@ ROWS = 4096  # looked at at once, where that needs memory
 SAMPLE = 4096  # bytes of an array that tell it from another
 
 
+def source_types(place: Place, model: Model) -> set[np.dtype]:
+    """The types of what an array is made of; layers may differ."""
+    return {model.tensors.dtype(name) for name in place.sources}
+
+
 def out_type(place: Place, model: Model, dtype: str) -> np.dtype:
     """The type that an array is written in: its own ("keep"), or `dtype` where that is harmless.
 
     Float32 is for everything.  Half precision leaves out what every published run keeps wide.
     """
-    types = {model.tensors.dtype(name) for name in place.sources}
+    types = source_types(place, model)
     if len(types) > 1 and dtype != "float32":
         raise CheckpointError(
             f"the layers of {place.path} are in {sorted(map(str, types))}; use --dtype float32"
@@ -84,13 +89,23 @@ def write_part(
     kinds = part_kinds(model, plan, dtype)
     check_copies(model.tensors, plan)
 
+    checked = set()  # arrays of the source that were read, and so found to be finite
+
     def pieces(name: str):
-        return lambda index: _piece(places[name], index, kinds[name].dtype, model.tensors)
+        def piece(index: int) -> np.ndarray:
+            made = _piece(places[name], index, kinds[name].dtype, model.tensors)
+            checked.add(places[name].sources[index])
+            return made
+
+        return piece
 
     meta, source = part_meta(model, part), source_facts(model.tensors)
 
     def finish(crc: dict[str, int]) -> None:
-        tell(report(model, plan, kinds, crc, meta | {"dtype": dtype}, source))
+        for name in {name for place in plan.places for name in place.sources} - checked:
+            model.tensors.check(name)  # what a run before has written
+            checked.add(name)
+        tell(report(model, part, dtype, crc, source) | {"finite": len(checked)})
 
     identity = json.dumps([__version__, source])  # another version may convert otherwise
     write_stream(path, kinds, meta, pieces, fmt, identity, progress, finish)
@@ -149,17 +164,24 @@ def check_copies(tensors: Tensors, plan: Plan) -> None:
             raise CheckpointError(f"{name!r} and {other!r} must be equal and are not; keep one")
 
 
-def report(model: Model, plan: Plan, kinds: Kinds, crc: dict, about: dict, source: dict) -> dict:
+def report(model: Model, part: str, dtype: str, crc: dict[str, int], source: dict) -> dict:
     """What was done, checked while it is written down: every array used once, every parameter
     filled once.
 
-    crc: of every array that was written.  about: what the part is.  source: its `source_facts`.
+    part, dtype: as `write_part` had them.  crc: of every array that was written.  source: the
+      `source_facts` of what was read.
+    Raises: CheckpointError when the plan left an array out, or used one twice.
     """
+    plan = model.plan()
+    kinds = part_kinds(model, plan, dtype)
     uses = Counter((name, p.part) for p in plan.places for name in p.sources)
     used = {name for name, _ in uses}
     copies = dict(plan.copies)
     everything = Counter([*used, *plan.unused, *copies])
-    assert set(uses.values()) == {1} and everything == Counter(list(model.tensors))
+    if set(uses.values()) != {1} or everything != Counter(list(model.tensors)):
+        wrong = [name for name, n in [*uses.items(), *everything.items()] if n != 1]
+        wrong += set(model.tensors) ^ everything.keys()
+        raise CheckpointError(f"{model.name}: {wrong[0]!r} is not used exactly once; report it")
     arrays = {}
     for place in plan.places:
         kind = kinds[place.path]
@@ -168,15 +190,16 @@ def report(model: Model, plan: Plan, kinds: Kinds, crc: dict, about: dict, sourc
             "shape": list(kind.shape),
             "crc32": f"{crc[place.path]:08x}",
             "source": place.rule.source,
+            "source_dtype": " + ".join(sorted(map(str, source_types(place, model)))),
             "sources": len(place.sources),
         }
     return {
         "format": REPORT,
         "lvjax": __version__,
-        **about,
+        **part_meta(model, part),
+        "dtype": dtype,
         "naming": model.layout,
         "source": source | {"used": len(used), "unused": list(plan.unused), "copies": copies},
         "parameters": sum(math.prod(kind.shape) for kind in kinds.values()),
-        "finite": True,  # every array that is used was read through the check for it
         "arrays": arrays,
     }

@@ -6,7 +6,6 @@ transformers ask for; every array is what the conversion read, bit for bit, unle
 was asked for then.
 """
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from checkpoints_convert.pipeline_json import text
 from checkpoints_convert.recognise import KINDS
 from checkpoints_convert.rules import source_array, sources_of
 from checkpoints_convert.sources import INDEX
@@ -24,14 +24,27 @@ from lvjax.core.streaming import Kind, Kinds, clean, total_bytes, write_stream
 from lvjax.models.parts import kind_of, part_spec, stored_part
 
 SHARD = 5_000_000_000  # bytes
-# Where diffusers keeps a part, and how it names the file.
 PLACES = {
-    "dit": ("transformer", "diffusion_pytorch_model"),
-    "dit_low": ("transformer_2", "diffusion_pytorch_model"),
-    "vae": ("vae", "diffusion_pytorch_model"),
-    "text": ("text_encoder", "model"),
-    "image": ("image_encoder", "model"),
+    "diffusers": {
+        "dit": ("transformer", "diffusion_pytorch_model"),
+        "dit_low": ("transformer_2", "diffusion_pytorch_model"),
+        "vae": ("vae", "diffusion_pytorch_model"),
+        "text": ("text_encoder", "model"),
+        "image": ("image_encoder", "model"),
+    },
+    "official": {
+        "dit": ("", "diffusion_pytorch_model"),
+        "dit_low": ("low_noise_model", "diffusion_pytorch_model"),
+        "vae": ("", "Wan2.1_VAE"),
+        "text": ("", "models_t5_umt5-xxl-enc-bf16"),
+        "image": ("", "models_clip_open-clip-xlm-roberta-large-vit-huge-14"),
+    },
 }
+"""Where each layout keeps a part, and how it names the file."""
+
+TOKENIZERS = {"diffusers": "tokenizer", "official": "google/umt5-xxl"}
+PICKLED = ("vae", "text", "image")
+"""Parts that Wan's own code reads from PyTorch files (.pth) of these names."""
 
 
 class Export(NamedTuple):
@@ -57,17 +70,31 @@ class Export(NamedTuple):
         return sum(map(total_bytes, self.files.values()))
 
 
-def plan_export(stored: Stored, folder: Path, layout: str, shard: int = SHARD) -> Export:
+def _place(part: str, cfg, layout: str, experts: int) -> tuple[str, str]:
+    """The folder of a part and how its files are called, see `PLACES`."""
+    place, stem = PLACES[layout][part]
+    if layout == "official" and part == "dit":
+        alone = cfg.condition_channels and cfg.image_dim is None  # only Wan 2.2's experts are so
+        place = "high_noise_model" if experts == 2 or alone else place
+    if layout == "official" and part == "vae" and cfg.residual:
+        stem = "Wan2.2_VAE"
+    return place, stem
+
+
+def plan_export(
+    stored: Stored, folder: Path, layout: str, shard: int = SHARD, *, experts: int = 1
+) -> Export:
     """What the way back writes below `folder`, with the unused arrays that were kept.
 
     layout: "official" or "diffusers" (for encoders: the naming of transformers).
     shard: bytes of one file at most, where no array is larger.
+    experts: how many transformers its model has.
     Raises: CheckpointError when the part, or what was kept beside it, does not say what it is;
       InputError for a layout that is none.
     """
     part, cfg = stored_part(stored)
     known = KINDS[kind_of(part)]
-    if layout not in ("official", "diffusers"):
+    if layout not in PLACES:
         raise InputError(f"layout is {layout!r}; give 'official' or 'diffusers'")
     own = known.layouts[layout == "official"]
     names = sources_of(known.rules((), own, cfg), part_spec(cfg))
@@ -86,17 +113,17 @@ def plan_export(stored: Stored, folder: Path, layout: str, shard: int = SHARD) -
     kinds = _kinds(names, stored)
     kinds |= {name: kinds[other] for name, other in copies.items()}
     kinds |= {name: Kind(unused.slots[name].dtype, unused.slots[name].shape) for name in unused}
-    place, stem = PLACES[part]
+    place, stem = _place(part, cfg, layout, experts)
     folder = folder / place
     shards = _shards(dict(sorted(kinds.items())), shard)
     files, texts = _file_names(stem, len(shards)), {}
     if len(files) > 1:
         places = {name: f for f, kinds in zip(files, shards, strict=True) for name in kinds}
         index = {"metadata": {"total_size": sum(map(total_bytes, shards))}, "weight_map": places}
-        texts[folder / f"{stem}.safetensors{INDEX}"] = _text(index)
+        texts[folder / f"{stem}.safetensors{INDEX}"] = text(index)
     config = known.hf_config if layout == "diffusers" else known.official_config
     if config is not None:
-        texts[folder / "config.json"] = _text(config(cfg))
+        texts[folder / "config.json"] = text(config(cfg))
     files = {folder / file: kinds for file, kinds in zip(files, shards, strict=True)}
     identity = f"{layout} {digest(stored)}"
     return Export(folder, stem, files, array, texts, identity, left_out)
@@ -120,10 +147,7 @@ def export_part(
     meta = {"export": plan.identity}
     done = {path for path, kinds in plan.files.items() if _is_written(path, kinds, meta)}
     others = _others(plan, done)
-    if others and not overwrite:
-        raise InputError(
-            f"{others[0]} is there and is not of this export; use --overwrite, or another DST"
-        )
+    check_free(others, overwrite)
     stored.check()
     for path, kinds in plan.files.items():
         if path in done:
@@ -135,9 +159,19 @@ def export_part(
     for path in others:
         if path not in plan.files and path not in plan.texts:
             path.unlink(missing_ok=True)
-    for path, text in plan.texts.items():
-        write_atomic(path, text)
+    for path, content in plan.texts.items():
+        write_atomic(path, content)
     return list(plan.files)
+
+
+def check_free(others: list[Path], overwrite: bool) -> None:
+    """Raises: InputError when something else is in the place of an export, and may not be
+    replaced.
+    """
+    if others and not overwrite:
+        raise InputError(
+            f"{others[0]} is there and is not of this export; use --overwrite, or another DST"
+        )
 
 
 def _is_written(path: Path, kinds: Kinds, meta: dict) -> bool:
@@ -154,11 +188,16 @@ def _is_written(path: Path, kinds: Kinds, meta: dict) -> bool:
 
 def _others(plan: Export, done: set[Path]) -> list[Path]:
     """Files that are in the place of an export, or would be read with it, and are not of it."""
-    own = re.compile(rf"{plan.stem}(-\d+-of-\d+)?\.safetensors({re.escape(INDEX)})?|config\.json")
+    ends = rf"(-\d+-of-\d+)?\.safetensors({re.escape(INDEX)})?"
+    own, texts = re.compile(re.escape(plan.stem) + ends), plan.texts
     near = sorted(plan.folder.iterdir()) if plan.folder.is_dir() else []
-    near = [path for path in near if own.fullmatch(path.name) and path not in done]
-    texts = plan.texts
-    return [path for path in near if path not in texts or path.read_bytes() != texts[path]]
+    near = [path for path in near if own.fullmatch(path.name) and path not in {*done, *texts}]
+    return near + other_texts(texts)
+
+
+def other_texts(texts: dict[Path, bytes]) -> list[Path]:
+    """Those of these small files that are there and say something else."""
+    return [path for path in texts if path.exists() and path.read_bytes() != texts[path]]
 
 
 def _kinds(names: dict, stored: Stored) -> Kinds:
@@ -191,7 +230,3 @@ def _file_names(stem: str, count: int) -> list[str]:
     if count == 1:
         return [f"{stem}.safetensors"]
     return [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-
-
-def _text(value: dict) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()

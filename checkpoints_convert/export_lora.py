@@ -16,6 +16,7 @@ import numpy as np
 
 from checkpoints_convert.keys_dit import dit_rules
 from checkpoints_convert.keys_lora import Target, names_of
+from checkpoints_convert.lora_file import EXPERT, KIND
 from checkpoints_convert.rules import sources_of
 from lvjax.core.checkpoint import save_arrays
 from lvjax.core.errors import CheckpointError
@@ -60,13 +61,14 @@ def lora_arrays(lora: Lora, cfg: DiTConfig) -> dict[str, np.ndarray]:
     return arrays
 
 
-def write_lora(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """A safetensors file, with checksums as in every other that lvjax writes; nothing in it is a
-    setting of the LoRA.
+def write_lora(path: Path, arrays: Mapping[str, np.ndarray], expert: str | None = None) -> None:
+    """A safetensors file, with checksums as in every other that lvjax writes.
 
+    expert: the one of two that it is for, "high" or "low", which its names do not say; None for
+      both.  Nothing else in it is a setting of the LoRA.
     Raises: StorageError.
     """
-    save_arrays(path, dict(arrays))
+    save_arrays(path, dict(arrays), {KIND: "lora", EXPERT: expert})
 
 
 def _is_one_product(found: list[Sequence[LowRank]]) -> bool:

@@ -124,7 +124,7 @@ def _dit_table(layout: str) -> tuple[Rule, ...]:
 def dit_rules(cfg: DiTConfig, layout: str) -> tuple[Rule, ...]:
     """The table of a DiT; layout "diffusers" or "official".
 
-    Rules for an image branch are always among them: with the spec, `convert` sees what is missing.
+    Rules for an image branch are always among them: beside the spec, a plan shows what is missing.
     """
     channels, target = (cfg.in_channels,), "patch_embedding/kernel"
     if cfg.condition_channels:

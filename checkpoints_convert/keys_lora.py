@@ -56,7 +56,13 @@ _OUTSIDE = {
     "net",
     "module",
 }
+_SIGN = re.compile(r"\.lora_|[._]lora\.|^lora_|\.diff(_[bm])?$|dora_scale|hada_w|lokr_w|\.oft_")
 _KOHYA = re.compile(r"lora_(?:unet|transformer)_+")
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether one of these is the name of a LoRA's array, or of a difference of weights."""
+    return any(map(_SIGN.search, names))
 
 
 class Target(NamedTuple):

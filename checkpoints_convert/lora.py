@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_convert.keys_lora import Part, find_part, names_of, refuse_others
-from checkpoints_convert.rules import first
-from lvjax.core.errors import CheckpointError
+from lvjax.core.errors import CheckpointError, some_of
 from lvjax.models.config import DiTConfig
 from lvjax.models.lora import Delta, Lora, LowRank
 
@@ -77,7 +76,7 @@ def read_lora(tensors: Arrays, config: Mapping, cfg: DiTConfig, name: str = "the
     if not low_rank and not deltas:
         raise CheckpointError(
             f"{name}: none of its {len(tensors)} arrays belongs to this model "
-            f"({first(map(repr, tensors))}); is it a LoRA of Wan's transformer?"
+            f"({some_of(map(repr, tensors))}); is it a LoRA of Wan's transformer?"
         )
     return Lora(tuple(low_rank), tuple(deltas), tuple(sorted(unmatched)))
 

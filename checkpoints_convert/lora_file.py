@@ -19,12 +19,12 @@ from checkpoints_convert.read import Tensors, beside, find, open_tensors
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.models.config import DiTConfig
 from lvjax.models.lora import Lora
+from lvjax.models.parts import EXPERTS
 
 BESIDE = "adapter_config.json"  # PEFT's, in the folder of the arrays
 TRAINER = "lora_config"  # finetrainers' entry in a safetensors header
+META, KIND, EXPERT = "meta", "kind", "expert"  # what lvjax writes into a safetensors header
 SECOND = "transformer_2."  # what diffusers puts before the names of the low-noise expert
-EXPERTS = {"high": "dit", "low": "dit_low"}
-"""Names of the experts of a model with two, and their parts."""
 
 
 class LoraFile(NamedTuple):
@@ -35,6 +35,22 @@ class LoraFile(NamedTuple):
     tensors: Tensors
     config: Mapping[str, Any]
 
+    @property
+    def expert(self) -> str | None:
+        """Which of two experts it is for: "low" or "high" noise, or "both", with a LoRA for each;
+        None where neither its names nor its header says it.
+
+        Raises: CheckpointError for a header that is damaged.
+        """
+        if any(name.startswith(SECOND) for name in self.tensors):
+            return "both" if any(n.startswith("transformer.") for n in self.tensors) else "low"
+        try:
+            said = json.loads(self.tensors.metadata.get(META, "{}"))
+        except ValueError as e:
+            raise CheckpointError(f"{self.path}: its entry {META!r} is damaged") from e
+        said = said.get(EXPERT) if isinstance(said, dict) and said.get(KIND) == "lora" else None
+        return said if said in tuple(EXPERTS) else None
+
 
 def open_lora(source) -> LoraFile:
     """A LoRA: a file, or a folder with one.  Settings in the file come before those beside it.
@@ -42,7 +58,7 @@ def open_lora(source) -> LoraFile:
     Raises: CheckpointError saying what is wrong with it.
     """
     path = find(Path(source))
-    tensors = open_tensors(path)
+    tensors = open_tensors(path, lora=True)
     files = tuple(file for file, _ in tensors.files())
     header = tensors.metadata
     if METADATA in header:
@@ -65,35 +81,33 @@ def read_parts(
     """The adapters for each part of a model.
 
     parts: ("dit",), or ("dit", "dit_low") for two experts.  expert: the one that all of the file is
-      for, "high" or "low"; None for both.  A file with a LoRA for each gives each its own, and one
-      that names only the second expert is for that one.
-    Raises: CheckpointError as `read_lora`, and when the file names the second of two experts and
+      for, "high" or "low"; None for what the file says, and both where it says nothing.  A file
+      with a LoRA for each gives each its own.
+    Raises: CheckpointError as `read_lora`, and when the file is for one or each of two experts and
       the model has one; InputError for an expert that the model does not have.
     """
     if expert is not None and (expert not in tuple(EXPERTS) or len(parts) == 1):
         allowed = "'high' or 'low'" if len(parts) > 1 else "none: the model has one transformer"
         raise InputError(f"the expert of a LoRA is {expert!r}; allowed is {allowed}")
-    second = {name for name in file.tensors if name.startswith(SECOND)}
-    both = any(name.startswith("transformer.") for name in file.tensors) and bool(second)
-    if second and len(parts) == 1:
-        what = "for each of two experts" if both else "for the second of two experts"
+    own = file.expert
+    if own is not None and len(parts) == 1:
+        which = {"both": "each", "high": "the first", "low": "the second"}[own]
+        what = f"for {which} of two experts"
         raise CheckpointError(
             f"{file.path} holds a LoRA {what}, the model has one transformer; give a LoRA of this "
             "model"
         )
-    if expert is not None:
-        wanted = (EXPERTS[expert],)
-    else:
-        wanted = ("dit_low",) if second and not both and len(parts) > 1 else parts
-    if both:
-        return {part: _half(file, cfg, second, part == "dit_low") for part in wanted}
+    named = EXPERTS.get(own if expert is None else expert)
+    wanted = parts if named is None else (named,)
+    if own == "both":
+        return {part: _half(file, cfg, part == EXPERTS["low"]) for part in wanted}
     lora = read_lora(file.tensors, file.config, cfg, str(file.path))
     return dict.fromkeys(wanted, lora)
 
 
-def _half(file: LoraFile, cfg: DiTConfig, second: set[str], low: bool) -> Lora:
+def _half(file: LoraFile, cfg: DiTConfig, low: bool) -> Lora:
     """The LoRA of one expert out of a file for both."""
-    arrays = {name: file.tensors[name] for name in file.tensors if (name in second) == low}
+    arrays = {n: file.tensors[n] for n in file.tensors if n.startswith(SECOND) == low}
     config = file.config
     if METADATA in config:
         try:

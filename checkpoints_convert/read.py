@@ -23,7 +23,7 @@ from pathlib import Path
 from checkpoints_convert.files import HEAD, opened, read_json, shown, sign
 from checkpoints_convert.read_safetensors import read_header
 from checkpoints_convert.read_torch import read_torch
-from checkpoints_convert.tensors import TENSORS_MAX, Entry, Tensors, renamed
+from checkpoints_convert.tensors import TENSORS_MAX, Entry, Tensors, renamed, stamps
 from lvjax.core.errors import CheckpointError
 
 __all__ = ["Tensors", "beside", "find", "open_checkpoint", "open_tensors", "read_json"]
@@ -46,15 +46,16 @@ def open_checkpoint(source, weights: str | None = None) -> tuple[Tensors, dict]:
     return open_tensors(path, weights), beside(path, "config.json")
 
 
-def open_tensors(path: Path, weights: str | None = None) -> Tensors:
+def open_tensors(path: Path, weights: str | None = None, lora: bool = False) -> Tensors:
     """The arrays of a file, or of an index, as `find` gives it; weights as in `open_checkpoint`.
 
+    lora: whether, of several sets of weights, a LoRA is wanted before a model.
     Raises: CheckpointError saying what is wrong with it.
     """
     kind = kind_of(path)
     chosen, metadata = None, {}
     if kind == "torch":
-        entries, chosen = read_torch(path, weights)
+        entries, chosen = read_torch(path, weights, lora)
     elif weights is not None:
         raise CheckpointError(f"{path} is one set of weights, without {shown(weights)}; name none")
     elif kind == "safetensors":
@@ -63,7 +64,7 @@ def open_tensors(path: Path, weights: str | None = None) -> Tensors:
         entries = read_index(path)
     if not entries:
         raise CheckpointError(f"{path} holds no arrays; download it again")
-    return Tensors(unwrapped(entries), chosen, metadata)
+    return Tensors(unwrapped(entries), chosen, metadata, stamps(entries))
 
 
 def beside(path: Path, name: str) -> dict:

@@ -29,6 +29,7 @@ from lvjax.core.dtypes import DTYPES
 from lvjax.core.errors import CheckpointError
 
 PREFERRED = ("generator_ema", "generator")  # of a file with several sets of weights
+LORAS = ("generator_lora", "generator_ema_lora")  # of a file with several LoRAs
 DEPTH = 3  # dicts within dicts that are searched for weights
 VISITS_MAX = 2_000_000  # pairs looked at in that search
 SHARES_MAX = 16  # times that the bytes of a file may be used
@@ -154,11 +155,13 @@ class Tensor:
         )
 
 
-def read_torch(path: Path, weights: str | None = None) -> tuple[dict[str, Entry], str | None]:
+def read_torch(
+    path: Path, weights: str | None = None, lora: bool = False
+) -> tuple[dict[str, Entry], str | None]:
     """The arrays of one file, and which of its sets of weights they are (None: it has one).
 
-    weights: the set to take, as error messages list them; by default the first of `PREFERRED`, or
-      the only one.
+    weights: the set to take, as error messages list them; by default the first of `PREFERRED` and
+      `LORAS`, or the only one.  lora: whether `LORAS` come first.
     Raises: CheckpointError for what is damaged, is no state dict, or would have to be executed.
     """
     with opened(path) as f:
@@ -174,7 +177,7 @@ def read_torch(path: Path, weights: str | None = None) -> tuple[dict[str, Entry]
         raise CheckpointError(f"{path}: its pickle does not match its checksum; download it again")
     try:
         tree = Machine(data, TorchObjects(records, root)).run()
-        name, found = choose(tree, weights)
+        name, found = choose(tree, weights, lora)
         entries = {key: value.entry(path) for key, value in _checked(name, found)}
         if sum(entry.nbytes for entry in entries.values()) > SHARES_MAX * size:
             raise Refused(f"its arrays use the bytes of the file more than {SHARES_MAX} times")
@@ -325,7 +328,7 @@ FUNCTIONS = {
 }
 
 
-def choose(tree: Any, weights: str | None) -> tuple[str | None, Pairs]:
+def choose(tree: Any, weights: str | None, lora: bool) -> tuple[str | None, Pairs]:
     """The set of weights to take, and its name (None: the file is one set).
 
     A set is a dict whose values are all tensors.  Dicts of tensors and other things are no set, but
@@ -348,14 +351,15 @@ def choose(tree: Any, weights: str | None) -> tuple[str | None, Pairs]:
             raise Refused(f"no weights {shown(weights)} in it; {held}")
         return weights, (sets | mixed)[weights]
     candidates = sets or mixed
-    for wanted in PREFERRED:
+    for wanted in (*LORAS, *PREFERRED) if lora else (*PREFERRED, *LORAS):
         fits = [name for name in candidates if name.split(".")[-1] == wanted]
         if len(fits) == 1:
             return fits[0], candidates[fits[0]]
     if not candidates:
         raise Refused("it holds no dict of tensors; save the state_dict()")
     if len(candidates) > 1:
-        raise Refused(f"it holds several sets of weights: {names}; name one with --weights")
+        remedy = "save one of them alone" if lora else "name one with lvjax convert --weights"
+        raise Refused(f"it holds several sets of weights: {names}; {remedy}")
     (name, found), *_ = candidates.items()
     return name or None, found
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from checkpoints_convert import hf_config, keys_clip, keys_dit, keys_umt5, keys_vae
+from checkpoints_convert.keys_lora import is_lora
 from checkpoints_convert.read import Tensors
 from checkpoints_convert.rules import Plan, Rule, find_rules, make_plan
 from lvjax.core.errors import CheckpointError, InputError
@@ -137,7 +138,7 @@ def recognise(tensors: Tensors, config: dict, name: str) -> Model:
         if all(key.startswith(prefix) for key in tensors):
             tensors = tensors.without(prefix)
     for title, sign in STRANGERS.items():
-        if any(map(sign, tensors)):
+        if sign(tensors):
             raise StrangerError(f"{name} is {title}")
     for kind, known in KINDS.items():
         if layout := known.layout(tensors):
@@ -181,18 +182,14 @@ SAMPLES = {
 LOOKED_AT = 200  # arrays
 
 STRANGERS = {
-    "a part that lvjax wrote; give --to for the way back": lambda k: k.startswith(
-        ("blocks/", "encoder/", "decoder/")
+    "a part that lvjax wrote; give --to for the way back": lambda names: any(
+        name.startswith(("blocks/", "encoder/", "decoder/")) for name in names
     ),
-    "a LoRA: give it with --lora beside the model that it changes, or write it under other "
-    "names with lvjax convert LORA DST --base MODEL": lambda k: (
-        ".lora_" in k or ".lora." in k or k.startswith("lora_unet_")
+    "a LoRA, or a file of weight differences: give it with --lora beside the model that it "
+    "changes, or write it under other names with lvjax convert LORA DST --base MODEL": is_lora,
+    "a VACE model, which lvjax does not have": lambda names: any(
+        "vace_blocks." in name for name in names
     ),
-    "a file of weight differences: give it with --lora beside the model that it changes, or "
-    "with lvjax convert LORA DST --base MODEL": lambda k: k.endswith(
-        (".diff", ".diff_b", ".diff_m")
-    ),
-    "a VACE model, which lvjax does not have": lambda k: "vace_blocks." in k,
 }
 QUANTISED = (".scale_weight", ".weight_scale", ".scale_input", ".qweight", ".absmax", "scaled_fp8")
 

@@ -3,7 +3,7 @@
 
 Owns: `Rule`, `Plan`, and the way back of one array (`source_array`).  A plan is
 made from names and shapes alone, so everything that does not fit is found before an array is read.
-Does not own: the tables of rules (keys_*.py), files (read*.py, write.py).
+Does not own: the tables of rules (keys_*.py), files (read*.py).
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lvjax.core.errors import CheckpointError
+from lvjax.core.errors import CheckpointError, some_of
 from lvjax.core.params import Param, flatten
 
 LAYER = "{layer}"
@@ -110,13 +110,13 @@ class Place(NamedTuple):
         for name in self.sources:
             yield self.rule.arrays(tensors[name])[self.part]
 
-    def array(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The whole array in memory."""
+    def array(self, tensors: Mapping[str, np.ndarray], dtype=None) -> np.ndarray:
+        """The whole array in memory; dtype: None for that of its first layer."""
         pieces = self.pieces(tensors)
         if LAYER not in self.rule.source:
-            return np.ascontiguousarray(next(pieces))
+            return np.ascontiguousarray(next(pieces), dtype)
         first = next(pieces)
-        out = np.empty((len(self.sources), *first.shape), first.dtype)
+        out = np.empty((len(self.sources), *first.shape), first.dtype if dtype is None else dtype)
         out[0] = first
         for index, piece in enumerate(pieces, 1):
             out[index] = piece
@@ -131,12 +131,6 @@ class Plan(NamedTuple):
     places: tuple[Place, ...]
     unused: tuple[str, ...]
     copies: tuple[tuple[str, str], ...]
-
-
-def first(names: Iterable[str]) -> str:
-    """A few of the names, and how many there are more."""
-    names = sorted(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @lru_cache(maxsize=4096)
@@ -167,7 +161,7 @@ def find_rules(names: Iterable[str], rules: Iterable[Rule]) -> dict[str, tuple[R
             unknown.append(name)
     if unknown:
         raise CheckpointError(
-            f"{len(unknown)} arrays have no place in this model: {first(unknown)}; "
+            f"{len(unknown)} arrays have no place in this model: {some_of(unknown)}; "
             "is the checkpoint of another variant?"
         )
     return found
@@ -210,7 +204,7 @@ def _check_names(found, wanted) -> None:
     for title, names in (("are missing", wanted - found), ("are not in the model", found - wanted)):
         if names:
             raise CheckpointError(
-                f"{len(names)} arrays {title}: {first(names)}; "
+                f"{len(names)} arrays {title}: {some_of(names)}; "
                 "does the configuration fit the checkpoint?"
             )
 
@@ -227,7 +221,7 @@ def _check_shapes(places: list[Place], shapes: Mapping[str, tuple[int, ...]]) ->
                 wrong.append(f"{name} {list(shapes[name])}, which gives {shape} instead of {own}")
     if wrong:
         raise CheckpointError(
-            f"{len(wrong)} arrays have other shapes: {first(wrong)}; "
+            f"{len(wrong)} arrays have other shapes: {some_of(wrong)}; "
             "does the configuration fit the checkpoint?"
         )
 

@@ -6,8 +6,10 @@ finite, and its checksum where the file has one.  Does not own: finding the plac
 """
 
 import math
+import os
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -56,11 +58,31 @@ def possible(name, dtype: str, shape) -> bool:
     return size <= BYTES_MAX
 
 
+Stamp = tuple[int, ...]
+
+
+def stamp_of(f: BinaryIO) -> Stamp:
+    """What tells an open file from another one in its place, and from itself before a change."""
+    facts = os.fstat(f.fileno())
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def stamps(entries: Mapping[str, Entry]) -> dict[Path, Stamp]:
+    """Those of all files that the arrays are in."""
+    found = {}
+    for path in {entry.path for entry in entries.values()}:
+        with opened(path) as f:
+            found[path] = stamp_of(f)
+    return found
+
+
 class Tensors(Mapping):
     """The arrays of a checkpoint by name.
 
     chosen: which of several sets of weights in the file they are, None where there is one.
     metadata: what the header of a safetensors file says beside them.
+    stamps: of the files, see `stamp_of`, when their headers were read; one that is another file
+      since then is not read.
     """
 
     def __init__(
@@ -68,8 +90,10 @@ class Tensors(Mapping):
         entries: dict[str, Entry],
         chosen: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        stamps: Mapping[Path, Stamp] | None = None,
     ):
         self.entries, self.chosen, self.metadata = entries, chosen, dict(metadata or {})
+        self.stamps = dict(stamps or {})
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The array, in its stored dtype and C order; nothing else is kept in memory.
@@ -79,7 +103,7 @@ class Tensors(Mapping):
         """
         entry = self.entries[name]
         out = np.empty(entry.shape, np.dtype(DTYPES[entry.dtype]))
-        with opened(entry.path) as f:
+        with self._opened(entry.path) as f:
             if entry.strides is None:
                 _read(f, entry, name, out.reshape(-1))
             elif out.size:
@@ -96,7 +120,7 @@ class Tensors(Mapping):
             return self[name][first:last]
         part = entry._replace(shape=(last - first, *entry.shape[1:]), crc=None)
         part = part._replace(start=entry.start + first * (part.nbytes // max(1, last - first)))
-        return Tensors({name: part})[name]
+        return Tensors({name: part}, stamps=self.stamps)[name]
 
     def check(self, name: str) -> None:
         """Read an array for what reading it would find, in a block of memory.
@@ -108,7 +132,7 @@ class Tensors(Mapping):
             self[name]
             return
         flat = np.empty(min(math.prod(entry.shape), BLOCK), np.dtype(DTYPES[entry.dtype]))
-        with opened(entry.path) as f:
+        with self._opened(entry.path) as f:
             f.seek(entry.start)
             for left in range(math.prod(entry.shape), 0, -max(1, flat.size)):
                 part = flat[: min(left, flat.size)]
@@ -153,7 +177,24 @@ class Tensors(Mapping):
         Raises: CheckpointError when two names become one.
         """
         names = {name: name.removeprefix(prefix) for name in self.entries}
-        return Tensors(renamed(self.entries, names), self.chosen, self.metadata)
+        return Tensors(renamed(self.entries, names), self.chosen, self.metadata, self.stamps)
+
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[BinaryIO]:
+        """A file of the checkpoint, as it was when its header was read, before and after.
+
+        Raises: CheckpointError when it is not.
+        """
+        with opened(path) as f:
+            self._same(path, f)
+            yield f
+            self._same(path, f)
+
+    def _same(self, path: Path, f: BinaryIO) -> None:
+        if self.stamps.get(path) not in (None, stamp_of(f)):
+            raise CheckpointError(
+                f"{path} has changed since it was opened; run it again when nothing writes it"
+            )
 
 
 def renamed(entries: dict[str, Entry], names: dict[str, str]) -> dict[str, Entry]:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from lvjax.core.compat import enable_compilation_cache
-from lvjax.core.errors import InputError
+from lvjax.core.errors import InputError, shown, system_told
 from lvjax.io.image import as_image, fit_image
 from lvjax.rollout.condition import pixel_frames
 from lvjax.run import plan as plans
@@ -28,8 +28,17 @@ from lvjax.run.defaults import Defaults
 from lvjax.run.job import enlarge
 from lvjax.run.loras import filled, with_lora, with_strength, without_lora
 from lvjax.run.machine import device_memory
-from lvjax.run.request import MAX_SIDE, Request, check_size, frame_count, spread
-from lvjax.run.session import ClipResult, Session, check_settings, open_session, size_for, span
+from lvjax.run.request import MAX_SIDE, Request, check_bundle, check_size, frame_count, spread
+from lvjax.run.session import (
+    ClipResult,
+    Session,
+    check_offload,
+    check_settings,
+    frames_for,
+    open_session,
+    size_for,
+    span,
+)
 from lvjax.run.weights import weight_bytes
 
 __all__ = [
@@ -47,12 +56,13 @@ __all__ = [
 ]
 
 
+@system_told()
 def load(
     name: str | Path = "pocket",
     dtype: str | None = None,
     lora=None,
     merge: bool = False,
-    offload: bool | None = None,
+    offload: str = "auto",
 ) -> Bundle:
     """A model with its weights.
 
@@ -61,17 +71,25 @@ def load(
     dtype: of the activations of the transformer and of a large text encoder, "bfloat16" or
       "float32"; None for what the model says.
     lora, merge: as in `with_lora`; merged here, only the merged weights are in memory.
-    offload: whether the transformers' weights are kept in the host's memory, so that `generate` may
-      bring them to the device in parts; None for where they would fill more than half of it.
+    offload: where the transformers' weights are kept: "none", on the device; "layers" or "expert",
+      in the host's memory, from where `generate` brings them as its own `offload` says; "auto",
+      there if they would fill more than half of the device.
     Raises: CheckpointError when a file is missing, damaged, or does not match the model's spec;
       and as `with_lora`.
     """
-    if offload not in (None, True, False):
-        raise InputError(f"offload is {offload!r}; give True, False or None")
+    _check_offload(offload)
+    if not isinstance(dtype, str | None):
+        raise InputError(f"dtype is {shown(dtype)}; give 'bfloat16', 'float32' or None")
     model = with_lora(typed(outline(name), dtype), lora, merge)
-    if offload is None:
-        offload = 2 * weight_bytes(model) > device_memory()
-    return filled(dataclasses.replace(model, offload="layers" if offload else "none"))
+    if offload == "auto":
+        offload = "layers" if 2 * weight_bytes(model) > device_memory() else "none"
+    check_offload(offload, model.defaults.method)
+    return filled(dataclasses.replace(model, offload=offload))
+
+
+def _check_offload(offload) -> None:
+    if not (isinstance(offload, str) and offload in plans.OFFLOADS):
+        raise InputError(f"offload is {shown(offload)}; give one of {list(plans.OFFLOADS)}")
 
 
 @dataclass(frozen=True)
@@ -127,9 +145,10 @@ class Options:
       be, or to be changed by models that make a video of a video.  Not both.
     last_image: the picture to end with, for models that go from one to another.
     strength: how much of a video is changed, above 0 to 1, for models that make one of another.
-    num_frames (1 + 4m) or seconds; the default is one clip of 17 frames.
+    num_frames (1 + 4m) or seconds; the default is one clip: 17 frames of the pocket model, 81 or
+      121 of Wan's, fewer where a video is made of one that has fewer.
     height, width: multiples of the model's unit (64 x 64 for the pocket model by default); without
-      either, Wan's models give a video the shape of its image.
+      either, Wan's models give a video the shape of the image or video that it is made of.
     guidance_scale: 1 means no guidance.  guidance_scale_2: that of the low-noise expert of models
       with two.  num_inference_steps: of the sampler; T-RFlow stops before the last.
     method: a name in `lvjax.methods.METHODS`; None for the model's own.
@@ -166,7 +185,7 @@ class Options:
                 if value is None:
                     continue
                 if isinstance(value, bool) or not isinstance(value, kind):
-                    raise InputError(f"{name} is {value!r}; give {words}")
+                    raise InputError(f"{name} is {shown(value)}; give {words}")
                 plain = int if kind is numbers.Integral else float  # NumPy's own are no JSON
                 try:
                     object.__setattr__(self, name, plain(value))
@@ -175,9 +194,8 @@ class Options:
         for name in ("negative_prompt", "method"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                raise InputError(f"{name} is {value!r}; give text")
-        if self.offload not in plans.OFFLOADS:
-            raise InputError(f"offload is {self.offload!r}; give one of {list(plans.OFFLOADS)}")
+                raise InputError(f"{name} is {shown(value)}; give text")
+        _check_offload(self.offload)
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed}; give a number from 0 to {2**32 - 1}")
         if self.key is not None and not _is_key(self.key):
@@ -194,6 +212,7 @@ def _is_key(key) -> bool:
     )
 
 
+@system_told()
 def prepare(bundle: Bundle, prompt, **options) -> Session:
     """A run that is ready: its method, first state and clips, for those who drive it themselves.
 
@@ -202,35 +221,13 @@ def prepare(bundle: Bundle, prompt, **options) -> Session:
     options: the fields of `Options`.
     Raises: InputError with the nearest legal values; DoesNotFitError with settings that fit.
     """
-    if not isinstance(bundle, Bundle):
-        raise InputError(f"the model is {bundle!r}; give what lvjax.load returns")
+    check_bundle(bundle)
     names = [f.name for f in dataclasses.fields(Options)]
     if unknown := sorted(set(options) - set(names)):
         near = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.0)
         raise InputError(f"unknown option {unknown[0]!r}; did you mean {near[0]!r}?")
-    o, d = Options(**options), bundle.defaults
-    frames = pixel_frames(d.clip_latents) if o.num_frames is None else o.num_frames
-    if o.seconds is not None:
-        frames = frame_count(o.seconds, d.fps)
-    request = Request(
-        tuple(_timeline(p, frames, d.fps) for p in _rows(prompt)),
-        frames,
-        negative=o.negative_prompt,
-        steps=o.num_inference_steps,
-        guidance=_guidance(o, d),
-        seed=o.seed or 0,
-        method=o.method,
-        strength=o.strength,
-    )
-    picture, notices = (None, []) if o.image is None else as_image(o.image)
-    size = check_size(_size(o, bundle, request, picture), bundle)
-    start = None if picture is None else fit_image(picture, size)
-    if o.video is not None:
-        start, notices = _video_frames(o.video, size, *span(bundle, request))
-    last, more = (None, []) if o.last_image is None else as_image(o.last_image, "the last image")
-    last = None if last is None else fit_image(last, size)
-    request = dataclasses.replace(request, size=size, start=start, last=last)
-    notices = dict.fromkeys([*notices, *more])
+    o = Options(**options)
+    request, notices = _request(bundle, prompt, o)
     check_settings(bundle, request)
     work = plans.work_of(request, bundle)
     plan = plans.propose(bundle, work, o.offload)
@@ -241,11 +238,48 @@ def prepare(bundle: Bundle, prompt, **options) -> Session:
     return session if o.key is None else session.with_key(o.key)
 
 
-def _size(o: Options, bundle: Bundle, request: Request, picture) -> tuple[int, int]:
-    """(height, width) as asked for; what is left out as the picture, or else the model, has it."""
+def _request(bundle: Bundle, prompt, o: Options) -> tuple[Request, list[str]]:
+    """The request that is asked for, with its pictures; and notices about them."""
+    d, asked = bundle.defaults, o.num_frames
+    if o.seconds is not None:
+        asked = frame_count(o.seconds, d.fps)
+    request = _plain(prompt, o, d, pixel_frames(d.clip_latents) if asked is None else asked)
+    given, notices = [], []
+    if o.image is not None:
+        picture, notices = as_image(o.image)
+        given = [picture]
+    if o.video is not None:
+        given, notices = _video_frames(o.video, *span(bundle, request))
+        if asked is None and (fewer := frames_for(bundle, request, len(given))) != request.frames:
+            request, given = _plain(prompt, o, d, fewer), given[:fewer]
+    size = check_size(_size(o, bundle, request, given), bundle)
+    fitted = [fit_image(picture, size) for picture in given]
+    start = np.stack(fitted) if o.video is not None else next(iter(fitted), None)
+    last, more = (None, []) if o.last_image is None else as_image(o.last_image, "the last image")
+    last = None if last is None else fit_image(last, size)
+    request = dataclasses.replace(request, size=size, start=start, last=last)
+    return request, list(dict.fromkeys([*notices, *more]))
+
+
+def _plain(prompt, o: Options, d: Defaults, frames: int) -> Request:
+    """What needs neither pictures nor a size."""
+    return Request(
+        tuple(_timeline(p, frames, d.fps) for p in _rows(prompt)),
+        frames,
+        negative=o.negative_prompt,
+        steps=o.num_inference_steps,
+        guidance=_guidance(o, d),
+        seed=o.seed or 0,
+        method=o.method,
+        strength=o.strength,
+    )
+
+
+def _size(o: Options, bundle: Bundle, request: Request, given: list) -> tuple[int, int]:
+    """(height, width) as asked for; what is left out as the pictures or else the model have it."""
     own = bundle.defaults.size
-    if picture is not None and o.height is None and o.width is None:
-        own = size_for(bundle, request, picture.shape[:2])
+    if given and o.height is None and o.width is None:
+        own = size_for(bundle, request, given[-1].shape[:2])
     asked = zip((o.height, o.width), own, strict=True)
     return tuple(default if n is None else n for n, default in asked)
 
@@ -258,10 +292,8 @@ def _guidance(o: Options, d: Defaults):
     return o.guidance_scale_2, own if o.guidance_scale is None else o.guidance_scale
 
 
-def _video_frames(video, size: tuple[int, int], end: str, most: int):
-    """The "first" or "last" so many frames of a video, float32 [P, H, W, 3] in [-1, 1]; and
-    notices.
-    """
+def _video_frames(video, end: str, most: int) -> tuple[list, list[str]]:
+    """The "first" or "last" so many frames of a video, each uint8 [h, w, 3]; and notices."""
     frames = isinstance(video, (list, tuple)) or getattr(video, "ndim", 0) > 0
     if not frames or len(video) == 0:
         raise InputError(
@@ -272,7 +304,7 @@ def _video_frames(video, size: tuple[int, int], end: str, most: int):
     chosen = video[first : first + most]
     found = [as_image(f, f"video frame {i}") for i, f in enumerate(chosen, first)]
     notices = dict.fromkeys(notice for _, notices in found for notice in notices)
-    return np.stack([fit_image(f, size) for f, _ in found]), list(notices)
+    return [frame for frame, _ in found], list(notices)
 
 
 def stream(bundle: Bundle, prompt, **options) -> Iterator[ClipResult]:

@@ -2,7 +2,7 @@
 """The suite runs on the CPU with 8 simulated devices, strict dtype promotion and no silent rank
 promotion.  XLA leaves out most optimisations, also in the commands that tests start: the
 compiler takes more time than the small models do.  The files that import `tests.full` have them
-all; JAX_DISABLE_MOST_OPTIMIZATIONS=0 gives them to every test, as `make test-long` does.
+all; `make test-long` runs the whole suite with them, by JAX_DISABLE_MOST_OPTIMIZATIONS=0.
 """
 
 import gc

@@ -2,6 +2,7 @@
 """The Python face: which options and pictures it takes, and what it says of the others."""
 
 import dataclasses
+import errno
 import subprocess
 import sys
 import types
@@ -14,7 +15,7 @@ from PIL import Image
 
 import lvjax
 from lvjax import api
-from lvjax.core.errors import DoesNotFitError, InputError
+from lvjax.core.errors import CheckpointError, DoesNotFitError, InputError
 from lvjax.run.bundle import Bundle
 from tests.tiny import DEFAULTS, DIT, TEXT, VAE, tiny_bundle
 
@@ -118,6 +119,9 @@ def test_what_was_changed_in_a_picture_is_a_notice_once(start):
         ({"height": True}, "height is True"),
         ({"guidence_scale": 2.0}, "did you mean 'guidance_scale'"),
         ({"prompt": 7}, "prompt is 7"),
+        ({"offload": np.array([1, 2])}, "offload is array.*give one of"),
+        ({"method": np.zeros((2, 2))}, "method is array.*give text"),
+        ({"strength": np.zeros((2, 2))}, "strength is array.*give a number"),
         ({"negative_prompt": 5}, "negative_prompt is 5; give text"),
         ({"method": []}, r"method is \[\]; give text"),
         ({"seconds": 10**400}, "seconds is too large"),
@@ -144,6 +148,28 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts():
 def test_what_is_no_name_of_a_model(name):
     with pytest.raises(InputError, match="give 'pocket' or the path"):
         lvjax.load(name)
+
+
+def test_a_file_system_that_refuses_is_one_of_our_errors(monkeypatch):
+    with pytest.raises(InputError, match="File name too long; give a shorter name"):
+        lvjax.load("x" * 300)
+
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "a\nb")
+
+    monkeypatch.setattr(api, "outline", refused)
+    monkeypatch.setattr(api, "check_settings", refused)
+    for call in (lvjax.load, lambda: lvjax.prepare(EMPTY, PROMPT)):
+        with pytest.raises(CheckpointError, match=r"cannot use a\\nb: Permission denied; give one"):
+            call()
+
+
+@pytest.mark.parametrize("value", [np.array([1, 2]), np.zeros((3, 3)), 5, [], np.True_], ids=str)
+def test_what_is_no_place_or_type_of_weights(value):
+    for options in ({"offload": value}, {"dtype": value}):
+        with pytest.raises(InputError, match=f"{next(iter(options))} is .*give") as e:
+            lvjax.load(**options)
+        assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("options", [{"row": 1}, {"row": "a"}, {"upscale": 0}, {"upscale": 1.5}])

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from lvjax.models.config import WAN_VAE_2_2_MEAN, WAN_VAE_2_2_STD
+from tests.redrawn import redrawn
 
 FAMILIES = ("t2v", "i2v", "flf2v", "t2v-a14b", "i2v-a14b", "ti2v")
 TEXT_DIM, IMAGE_DIM = 32, 24
@@ -119,27 +120,14 @@ def _image_encoder() -> CLIPVisionModel:
     return CLIPVisionModel(config)
 
 
-def _redrawn(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """The module with other parameters: none is zero or one, as gates, norms and biases begin."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if "table" in name or "pos_embed" in name or "relative_attention_bias" in name:
-                p.copy_(0.5 * noise)
-            elif name.endswith("bias") or "class_embedding" in name:
-                p.copy_(0.3 * noise)
-            elif p.ndim == 1 or name.endswith("gamma"):
-                p.copy_(1 + 0.3 * noise)
-            elif "shared" in name or "position_embedding" in name:
-                p.copy_(noise)
-            elif ".SelfAttention.q." in name:  # UMT5 scales no scores: the weights must
-                p.copy_(0.5 * noise / p[0].numel() ** 0.5)
-            elif name == "proj_out.weight":
-                p.copy_(0.1 * noise / p[0].numel() ** 0.5)
-            else:
-                p.copy_(noise / p[0].numel() ** 0.5)
-    return module.eval()
+_SPECIAL = {
+    "relative_attention_bias": lambda noise, _: 0.5 * noise,
+    "class_embedding": lambda noise, _: 0.3 * noise,
+    "shared": lambda noise, _: noise,
+    "position_embedding": lambda noise, _: noise,
+    ".SelfAttention.q.": lambda noise, fan: 0.5 * fan * noise,  # nothing scales UMT5's scores
+    "proj_out.weight": lambda noise, fan: 0.1 * fan * noise,
+}
 
 
 def wan_modules(family: str, seed: int = 0) -> dict[str, torch.nn.Module]:
@@ -152,7 +140,7 @@ def wan_modules(family: str, seed: int = 0) -> dict[str, torch.nn.Module]:
     found |= {"vae": _autoencoder(family), "text_encoder": _text_encoder()}
     if family in ("i2v", "flf2v"):
         found["image_encoder"] = _image_encoder()
-    return {name: _redrawn(m, 10 * seed + i) for i, (name, m) in enumerate(found.items())}
+    return {name: redrawn(m, _SPECIAL, 10 * seed + i) for i, (name, m) in enumerate(found.items())}
 
 
 def save_modules(modules: dict[str, torch.nn.Module], path: Path) -> Path:

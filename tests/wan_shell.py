@@ -103,10 +103,10 @@ def peak(bundle: Bundle, wanted: Request) -> int:
     parts = stages(bundle.dit, bundle.vae, chosen)
     carry = jax.eval_shape(parts.begin, state)
     made = [
-        _own(_expert_alone, part, carry, weights[name], state, own)
+        _own(_expert_alone, part, weights[name], carry, state, own)
         for name, part, own in zip(bundle.experts, parts.experts, clip.contexts, strict=True)
     ]
-    made.append(_own(_finish_alone, parts.finish, state, carry, weights["vae"]))
+    made.append(_own(_finish_alone, parts.finish, weights["vae"], carry, state))
     made = [bytes_of((state, carry, clip)) + size for size in made]
     if encoded := open_wan.clip_work(bundle, asked).encoded:
         frames = 1 + (encoded - 1) * MASK

@@ -12,29 +12,26 @@ import argparse
 import json
 import os
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tqdm import tqdm
-
-from checkpoints_convert.convert import TYPES, part_kinds, part_meta, source_facts, write_part
-from checkpoints_convert.export import export_part, plan_export
+from checkpoints_convert.convert import TYPES, part_kinds, report, source_facts, write_part
 from checkpoints_convert.read import read_json
 from checkpoints_convert.recognise import check_together
 from checkpoints_convert.sources import Source, find_sources
 from checkpoints_convert.unused import unused_path, write_unused
+from lvjax.cli.convert_back import bar, convert_back
 from lvjax.cli.convert_lora import convert_lora
-from lvjax.core.checkpoint import write_atomic
+from lvjax.core.checkpoint import Stored, write_atomic
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.core.orbax_layout import OWN
 from lvjax.core.streaming import TARGETS, clean, open_stored, remove, total_bytes
 from lvjax.data.tokenizer import load_tokenizer
 from lvjax.models.parts import PARTS, stored_part
 from lvjax.run import lock
-from lvjax.run.bundle import MODEL, describe, part_path
+from lvjax.run.bundle import MODEL, TOKENIZER, describe, part_path, part_places, transformers
 from lvjax.run.fingerprint import check_fingerprint
-
-TOKENIZER = "tokenizer.json"
+from lvjax.run.presets import PRESETS, presets_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the weights (default: as stored); a half precision leaves out norms, modulation, "
         "time embedding, head and autoencoder, as the published runs do",
     )
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="the official settings that the model is used with (default: what its structure "
+        "tells; some models differ only in these)",
+    )
     parser.add_argument("--format", choices=tuple(TARGETS), default="safetensors")
     parser.add_argument("--weights", metavar="NAME", help="which weights of a .pt file to take")
     parser.add_argument(
@@ -58,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         choices=("official", "diffusers"),
-        help="the way back: SRC is what `lvjax convert` wrote, DST gets this naming",
+        help="the way back: SRC is what `lvjax convert` wrote, DST gets this layout",
     )
     parser.add_argument(
         "--verify",
@@ -74,7 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args) -> int:
+    for name, text in (("SRC", args.src), ("DST", args.dst), ("--base", args.base)):
+        if text == "":
+            raise InputError(f"{name} is empty; give a name, . for the current folder")
     src, dst = Path(args.src), Path(args.dst)
+    if os.path.islink(dst) and not dst.exists():
+        raise InputError(f"DST {dst} is a link to nothing; give a folder")
     if not os.path.lexists(src):
         raise CheckpointError(f"no such file or folder: {src}; give a checkpoint or its folder")
     if dst.exists() and not dst.is_dir():
@@ -82,47 +90,65 @@ def run(args) -> int:
     if args.base is not None:
         return convert_lora(src, dst, args)
     if args.to is not None:
-        return _back(src, dst, args)
+        return convert_back(src, dst, args)
     sources, left = find_sources(src, args.part, args.weights)
     for line in left:
         print(f"lvjax: {line}", file=sys.stderr)
     kinds = {s.part: part_kinds(s.model, s.model.plan(), args.dtype) for s in sources}
-    made = not dst.exists()
-    with lock.hold(dst, "DST"):
-        _check_place(dst, sources)
+    with _new(dst), lock.hold(dst, "DST", inside=True):
+        beside = _check_place(dst, sources)
+        _check_preset(args.preset, beside)
         done = {s.part for s in sources if _is_there(s, dst, args)}
         tokenizer, lacks = _tokenizer(src, dst, sources, args.overwrite)
-        try:
-            for source in sources:
-                _part(source, dst, args, source.part in done, total_bytes(kinds[source.part]))
-        except CheckpointError:
-            if made:
-                with suppress(OSError):
-                    dst.rmdir()  # it is empty unless a part is done
-            raise
+        for source in sources:
+            _part(source, dst, args, source.part in done, total_bytes(kinds[source.part]))
         if tokenizer is not None:
             write_atomic(dst / TOKENIZER, tokenizer.encode())
-        describe(dst)
+        describe(dst, args.preset)
     if lacks:
         print(f"lvjax: the text encoder has no tokenizer yet: {lacks}", file=sys.stderr)
     return 0
 
 
-def _check_place(dst: Path, sources: list[Source]) -> None:
-    """Whether DST may get these parts, whatever --overwrite says.
+@contextmanager
+def _new(dst: Path):
+    """A folder that was not there, and stays empty inside, is gone afterwards."""
+    made = not dst.exists()
+    try:
+        yield
+    finally:
+        if made:
+            with suppress(OSError):
+                dst.rmdir()
+
+
+def _check_preset(preset: str | None, configs: dict) -> None:
+    """Raises: InputError for a preset that the model which DST becomes does not have."""
+    if preset is None:
+        return
+    if "dit" not in configs:
+        raise InputError("--preset is for a model with its transformer; leave it out")
+    fits = presets_of(configs["dit"], len(transformers(configs)))
+    if preset not in fits:
+        raise InputError(f"--preset {preset} is of another structure; give {' or '.join(fits)}")
+
+
+def _check_place(dst: Path, sources: list[Source]) -> dict:
+    """Whether DST may get these parts, whatever --overwrite says; the sizes of all that it will
+    have, by part.
 
     Raises: InputError when that would replace SRC, or what lvjax did not write; CheckpointError
       when the parts do not belong to those that are there.
     """
     if (model := dst / MODEL).exists():
-        keys = read_json(model).keys()
+        keys = _keys_of(model)
         if not {"name", "defaults"} <= keys or "dit" in keys:
             raise InputError(f"{model} is not of a converted model; choose another DST")
     taken = [os.path.realpath(file) for s in sources for file, _ in s.model.tensors.files()]
     ours = {s.part: s.model.cfg for s in sources}
     beside = {}
     for part in PARTS:
-        for path in _places(dst, part):
+        for path in part_places(dst, part):
             real = os.path.realpath(path)
             if any(file == real or file.startswith(real + os.sep) for file in taken):
                 raise InputError(f"{path} is part of SRC; choose another DST")
@@ -131,12 +157,18 @@ def _check_place(dst: Path, sources: list[Source]) -> None:
             if part not in ours:
                 beside[part] = stored_part(open_stored(path))[1]
     check_together(beside | ours)
+    return beside | ours
 
 
-def _places(dst: Path, part: str) -> list[Path]:
-    """Where a part is in DST: nowhere, in one format, or by an interrupted run in both."""
-    places = [part_path(dst, part, target.suffix) for target in TARGETS.values()]
-    return [path for path in places if os.path.lexists(path)]
+def _keys_of(model: Path) -> set[str]:
+    """What a model.json in DST says something of.
+
+    Raises: CheckpointError when it is damaged.
+    """
+    try:
+        return set(read_json(model))
+    except CheckpointError as e:
+        raise CheckpointError(f"{model} is damaged; remove it, it is written again") from e
 
 
 def _is_there(source: Source, dst: Path, args) -> bool:
@@ -145,7 +177,7 @@ def _is_there(source: Source, dst: Path, args) -> bool:
     Raises: InputError when something else is in its place, and may not be replaced.
     """
     path = part_path(dst, source.part, TARGETS[args.format].suffix)
-    there = _places(dst, source.part)
+    there = part_places(dst, source.part)
     same = path in there and _same(source, path, args.dtype)
     other = [p for p in there if p != path or not same]
     if other and not args.overwrite:
@@ -160,12 +192,12 @@ def _same(source: Source, path: Path, dtype: str) -> bool:
     try:
         facts, stored = read_json(_report(path.parent, source.part)), open_stored(path)
         sums = {name: int(a["crc32"], 16) for name, a in facts["arrays"].items()}
-        files = {name: facts["source"][name] for name in source_facts(source.model.tensors)}
+        known = source_facts(source.model.tensors)
+        files = {name: facts["source"][name] for name in known}
+        same = stored_part(stored) == (source.part, source.model.cfg)
     except (ValueError, KeyError, TypeError, AttributeError, CheckpointError):
         return False
-    wanted = json.loads(json.dumps(part_meta(source.model, source.part)))
-    same = stored.meta == wanted and facts.get("dtype") == dtype
-    same = same and files == source_facts(source.model.tensors)
+    same = same and facts.get("dtype") == dtype and files == known
     return same and sums == {name: slot.crc for name, slot in stored.slots.items()}
 
 
@@ -173,38 +205,50 @@ def _report(dst: Path, part: str) -> Path:
     return dst / f"{part}.report.json"
 
 
+def _facts(source: Source, stored: Stored, args) -> dict:
+    """The report of a part that is there: what `_same` has compared tells all of it but the
+    fingerprint.  Whatever else the file says is written again.
+    """
+    path, known = _report(stored.path.parent, source.part), source_facts(source.model.tensors)
+    sums, found = {name: slot.crc for name, slot in stored.slots.items()}, read_json(path)
+    kept = {name: found[name] for name in ("lvjax", "finite", "fingerprint") if name in found}
+    facts = report(source.model, source.part, args.dtype, sums, known)
+    facts = json.loads(json.dumps(facts)) | kept
+    if facts != found:
+        _save(path, facts)
+    return facts
+
+
 def _part(source: Source, dst: Path, args, done: bool, size: int) -> None:
     """One part of a model; `done`: it is there, and is checked only."""
-    part, report = source.part, _report(dst, source.part)
+    part = source.part
     path = part_path(dst, part, TARGETS[args.format].suffix)
     title = f"{part} {source.path.name}"
     if done and not _is_sound(path, args.overwrite):
         done = False
     if not done:
-        with _bar(size, title) as bar:
+        with bar(size, title) as shown:
             write_part(
                 source.model,
                 path,
                 part=part,
                 dtype=args.dtype,
                 fmt=args.format,
-                progress=bar.update,
-                tell=lambda facts: _save(report, facts),
+                progress=shown.update,
+                tell=lambda facts: _save(_report(dst, part), facts),
             )
         remove(unused_path(dst, part))  # of the weights before
     clean(path)
     for target in TARGETS.values():
         if (other := part_path(dst, part, target.suffix)) != path:
             remove(other)
-    stored, facts = open_stored(path), read_json(report)
+    stored = open_stored(path)
+    facts = _facts(source, stored, args)
     kept = write_unused(source.model, stored, dst) if args.keep_unused else None
     if args.verify:
-        _save(report, facts | {"fingerprint": check_fingerprint(stored, facts)})
+        noted = check_fingerprint(stored, facts)
+        _save(_report(dst, part), facts | {"fingerprint": noted})
     _tell(source, path, facts, kept)
-
-
-def _bar(size: int, title: str) -> tqdm:
-    return tqdm(total=size, unit="B", unit_scale=True, desc=title, disable=None)
 
 
 def _is_sound(path: Path, overwrite: bool) -> bool:
@@ -226,7 +270,8 @@ def _tell(source: Source, path: Path, facts: dict, kept: Path | None) -> None:
     rest = len(n["unused"]) + len(n["copies"])
     where = f", {rest} of them not needed" if rest else ""
     where += f" and kept in {kept.name}" if kept else ""
-    chosen = "" if n["weights"] is None else f"weights {n['weights']!r}, "
+    chosen = "" if source.expert is None else f"the {source.expert}-noise expert by its name, "
+    chosen += "" if n["weights"] is None else f"weights {n['weights']!r}, "
     print(
         f"{source.part} ({chosen}{facts['naming']} naming, {facts['parameters'] / 1e6:.1f} M "
         f"parameters, {n['used'] + rest} of {n['arrays']} arrays accounted for{where}): "
@@ -259,35 +304,3 @@ def _tokenizer(src: Path, dst: Path, sources: list[Source], overwrite: bool):
 
 def _save(report: Path, facts: dict) -> None:
     write_atomic(report, (json.dumps(facts, indent=1) + "\n").encode())
-
-
-def _back(src: Path, dst: Path, args) -> int:
-    """From lvjax's parts to a checkpoint in another naming."""
-    given = {"--dtype": args.dtype != "keep", "--format": args.format != "safetensors"}
-    given |= {"--weights": args.weights, "--keep-unused": args.keep_unused, "--verify": args.verify}
-    if wrong := [option for option, is_given in given.items() if is_given]:
-        raise InputError(f"{wrong[0]} is not for the way back; leave it out with --to")
-    found = [src]
-    if src.is_dir() and not (src / OWN).is_file():
-        found = []
-        for part in PARTS:
-            there = _places(src, part) if args.part in (None, part) else []
-            if len(there) > 1:
-                raise CheckpointError(
-                    f"{there[0]} and {there[1]} are the same part; finish the conversion, or "
-                    "remove one"
-                )
-            found += there
-    if not found:
-        raise CheckpointError(f"{src} holds no part that `lvjax convert` wrote; give its folder")
-    plans = {path: plan_export(open_stored(path), dst, args.to) for path in found}
-    with lock.hold(dst, "DST"):
-        for path, plan in plans.items():
-            if plan.left_out:
-                what = f"{len(plan.left_out)} unused arrays of {path}"
-                print(f"lvjax: {what} have no place in this naming", file=sys.stderr)
-            stored, over = open_stored(path), args.overwrite
-            with _bar(plan.size, path.name) as bar:
-                files = export_part(stored, plan, overwrite=over, progress=bar.update)
-            print(f"{path} -> {', '.join(map(str, files))}", file=sys.stderr)
-    return 0

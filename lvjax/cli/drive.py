@@ -195,7 +195,7 @@ def follow(
                 continue
             if sys.stderr.isatty():
                 bar = bar or shown.enter_context(
-                    tqdm(total=p.frames, initial=done, unit="frame", desc=videos[0].name)
+                    tqdm(total=p.frames, initial=done, unit="frame", desc=one_line(videos[0].name))
                 )
                 bar.set_postfix_str(f"clip {p.clip}/{p.clips}", refresh=False)
                 bar.update(p.frame - bar.n)
@@ -203,11 +203,11 @@ def follow(
                 _line(p, (p.frame - last) / max(time.monotonic() - began, 1e-9))
                 began, last = time.monotonic(), p.frame
     if p is not None and p.clip < p.clips:
-        print(f"lvjax: stopped after a finished clip; {hint}", file=sys.stderr)
+        print(f"lvjax: stopped after a finished clip; {one_line(hint)}", file=sys.stderr)
         return stop.code
     if not quiet:
         more = f" to {videos[-1].name}" if len(videos) > 1 else ""
-        print(f"wrote {videos[0]}{more}")
+        print(f"wrote {one_line(f'{videos[0]}{more}')}")
     return 0
 
 

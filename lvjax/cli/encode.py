@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 from lvjax.cli.drive import note
+from lvjax.cli.names import check_names
 from lvjax.cli.request import read_lines
 from lvjax.core.checkpoint import load_meta
 from lvjax.core.compat import enable_compilation_cache
-from lvjax.core.errors import CheckpointError, InputError
+from lvjax.core.errors import CheckpointError, InputError, one_line
 from lvjax.run import lock
 from lvjax.run.encoders import encode_prompts, notices, save_embeddings
 from lvjax.run.text_folder import open_text
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args) -> int:
     enable_compilation_cache()
+    check_names(**{"--model": args.model, "--prompt-file": args.prompt_file, "--out": args.out})
     output = Path(args.out)
     prompts = args.prompt + (read_lines(args.prompt_file) if args.prompt_file is not None else [])
     if not prompts or not all(text.strip() for text in prompts):
@@ -51,11 +53,11 @@ def run(args) -> int:
         save_embeddings(output, rows, model.name, model.parts["text"])
     tokens = [str(len(rows[text])) for text in prompts]
     shown = ", ".join(tokens[:SHOWN]) + ", ..." * (len(tokens) > SHOWN)
-    print(
+    said = (
         f"{len(prompts)} prompt{'s' * (len(prompts) > 1)} ({shown} tokens) and "
-        f"{len(texts) - len(set(prompts))} negative ones, {model.text.dim} wide: {output}",
-        file=sys.stderr,
+        f"{len(texts) - len(set(prompts))} negative ones, {model.text.dim} wide: {output}"
     )
+    print(one_line(said), file=sys.stderr)
     return 0
 
 

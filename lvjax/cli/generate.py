@@ -9,13 +9,14 @@ from typing import Any
 
 from lvjax.cli import config as configs
 from lvjax.cli import drive
+from lvjax.cli.names import check_names
 from lvjax.cli.request import ALTERNATIVES, SECONDS, make_request
 from lvjax.core.compat import enable_compilation_cache
-from lvjax.core.errors import CheckpointError, InputError
+from lvjax.core.errors import CheckpointError, InputError, one_line
 from lvjax.methods import METHODS
 from lvjax.run import card as cards
 from lvjax.run import job, lock, loras
-from lvjax.run.adapters import parse
+from lvjax.run.adapters import of_card, parse
 from lvjax.run.bundle import Bundle, outline, typed
 from lvjax.run.presets import SIZES
 from lvjax.run.request import Request
@@ -52,7 +53,10 @@ LISTS = ("prompt", "lora")
 INPUTS = ("image", "last_image", "video")
 """Settings that are files, whose hashes the card holds."""
 
-PLACES = ("model", "lora", "merge_lora", "embeddings")
+FILES = (*INPUTS, "timeline", "prompt_file", "embeddings", "model", "lora")
+"""Settings that name files or folders."""
+
+PLACES = ("model", "lora", "embeddings")
 """Settings that say where files are; they may have moved when a run is resumed."""
 
 
@@ -84,9 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--seconds",
         type=float,
-        help=f"length; gives 1 + 4·round(s·fps/4) frames (default: {SECONDS:g})",
+        help=f"length; gives 1 + 4·round(s·fps/4) frames (default: {SECONDS:g}, less where another "
+        "video is made of a shorter one)",
     )
-    add("--frames", type=int, help="length in frames, 1 + 4m")
+    add("--frames", "--num-frames", type=int, help="length in frames, 1 + 4m")
     add("--size", metavar="WxH", help=f"picture size, for example 64x64, or {', '.join(SIZES)}")
     add("--steps", type=int, help="sampler steps")
     add("--guidance", metavar="G", help="guidance scale, 1 is none; LOW,HIGH for two experts")
@@ -119,6 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args) -> int:
     enable_compilation_cache()
+    check_names(**{"--out": args.out, "--config": args.config})
     output, options = Path(args.out), _options(args)
     if args.resume and (code := _resume(args, options, output)) is not None:
         return code
@@ -168,13 +174,16 @@ def _resume(args, options: dict, output: Path) -> int | None:
         rows = set(job.outputs(output, len(request.timelines)))
         held.enter_context(lock.hold(rows - {output}))
         model = cards.model_place(options["model"] or card["options"].get("model"))
-        changed = _outline(model, options) if _given(args) or options["lora"] else None
-        if _given(args):
+        given = _given(args)
+        if not given:  # --lora says where files are now, not how they are used
+            options = options | {"merge_lora": of_card(card["options"])[1]}
+        changed = _outline(model, options) if given or options["lora"] else None
+        if given:
             _check_same(card, changed, model, options)
         if changed is not None:
             loras.check_same(changed, card["options"])
         if complete:
-            print(f"{job.videos(output)[0]} is already complete")
+            print(f"{one_line(job.videos(output)[0])} is already complete")
             return 0
         sizes = changed or loras.with_card(outline(model), card["options"])
         sizes = job.with_defaults(sizes, card)
@@ -283,6 +292,7 @@ def _options(args) -> dict:
     for name in LISTS:
         if wrong := [p for p in options[name] or () if not isinstance(p, str)]:
             raise InputError(f"{args.config}: a {name} is {wrong[0]!r}; give text")
+    check_names(**{f"--{name.replace('_', '-')}": options[name] for name in FILES})
     if other := [c for c in args.set if not args.config and not c.startswith("defaults.")]:
         raise InputError(f"--set {other[0]}: without --config only defaults.KEY=VALUE can be set")
     changes = [c.removeprefix("defaults.") for c in args.set if c.startswith("defaults.")]

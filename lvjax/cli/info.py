@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 
+from lvjax.cli.names import check_names
 from lvjax.core.errors import CheckpointError, one_line
 from lvjax.data.prompts import CAMERAS, COLOURS, MAX_WORDS, SCENES, SHAPES, WORDS
 from lvjax.methods import METHODS
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args) -> int:
+    check_names(CHECKPOINT=args.checkpoint)
     if args.checkpoint == "pocket":
         _here()
         return 0

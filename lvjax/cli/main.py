@@ -13,7 +13,12 @@ import signal
 import sys
 import traceback
 
-from lvjax.core.errors import DoesNotFitError, LvjaxError, StorageError, one_line
+from lvjax.core.errors import (
+    DoesNotFitError,
+    LvjaxError,
+    of_system,
+    one_line,
+)
 from lvjax.core.signals import interruptible
 
 COMMANDS = {
@@ -23,6 +28,7 @@ COMMANDS = {
     "train": "train a model from a config",
     "convert": "turn PyTorch Wan weights into lvjax weights",
     "encode": "read prompts once, for machines without a text encoder",
+    "tune-trflow": "find the lower threshold of T-RFlow for a model",
 }
 
 
@@ -44,18 +50,25 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
         )
         if name in argv:
-            importlib.import_module(f"lvjax.cli.{name}").add_arguments(sub)
+            _module(name).add_arguments(sub)
     return parser
+
+
+def _module(command: str):
+    return importlib.import_module(f"lvjax.cli.{command.replace('-', '_')}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack a letter of a prompt or a name
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with interruptible():
             args = build_parser(argv).parse_args(argv)
-            return importlib.import_module(f"lvjax.cli.{args.command}").run(args) or 0
+            return _module(args.command).run(args) or 0
     except LvjaxError as e:
         return _end(e, e.code, debug)
     except MemoryError:
@@ -68,10 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as e:
-        error = StorageError(
-            f"cannot use {e.filename or 'a file'}: {e.strerror or e}; free space or choose another "
-            "place"
-        )
+        error = of_system(e)
         return _end(error, error.code, debug)
     except KeyboardInterrupt as e:
         print("lvjax: interrupted", file=sys.stderr)

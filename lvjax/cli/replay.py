@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lvjax.cli import drive
+from lvjax.cli.names import check_names
 from lvjax.cli.request import video_frames
 from lvjax.core.compat import enable_compilation_cache
 from lvjax.core.errors import CheckpointError, InputError, LvjaxError
@@ -54,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args) -> int:
     enable_compilation_cache()
+    check_names(**{"VIDEO": args.video, "--out": args.out, "--model": args.model})
+    check_names(**{"--lora": args.lora, "--embeddings": args.embeddings})
     source = Path(args.video)
     card = cards.read_json(source) if source.suffix == ".json" else read_card(source)
     row = cards.check_card(card, source).get("row")
@@ -62,7 +65,7 @@ def run(args) -> int:
     sizes = loras.with_card(sizes, card["options"], args.lora)
     request = _with_video(sizes, request, card["options"])
     video = source.with_suffix("") if source.suffix == ".json" else source
-    output = Path(args.out) if args.out else video.with_name(f"{video.stem}-replay.mp4")
+    output = Path(args.out) if args.out is not None else video.with_name(f"{video.stem}-replay.mp4")
     batch = len(request.timelines)
     alone = batch > 1 and row is not None
     rows = 1 if alone else batch

@@ -17,7 +17,7 @@ from lvjax.run.bundle import Bundle
 from lvjax.run.defaults import Defaults
 from lvjax.run.presets import SIZES
 from lvjax.run.request import Request, check_frames, check_size, frame_count, spread
-from lvjax.run.session import check_settings, size_for, span
+from lvjax.run.session import check_settings, frames_for, size_for, span
 
 ALTERNATIVES = (("prompt", "timeline", "prompt_file"), ("seconds", "frames"), ("image", "video"))
 SECONDS = 5.0
@@ -26,17 +26,36 @@ MAX_VIDEOS = 100_000  # of one run
 
 def make_request(bundle: Bundle, options: dict) -> tuple[Request, list[str]]:
     """A checked request from the settings; and notices about the inputs."""
-    d: Defaults = bundle.defaults
-    if options.get("seconds") is not None and options.get("frames") is not None:
-        raise InputError("both --seconds and --frames are given; give one of them")
-    if options.get("image") is not None and options.get("video") is not None:
-        raise InputError("both --image and --video are given; give one of them")
-    frames = (
-        options["frames"]
-        if options.get("frames") is not None
-        else frame_count(SECONDS if options.get("seconds") is None else options["seconds"], d.fps)
-    )
+    for a, b in ALTERNATIVES[1:]:
+        if options.get(a) is not None and options.get(b) is not None:
+            raise InputError(f"both --{a} and --{b} are given; give one of them")
+    d, asked = bundle.defaults, options.get("frames")
+    if asked is None and options.get("seconds") is not None:
+        asked = frame_count(options["seconds"], d.fps)
     size = None if options.get("size") is None else check_size(_size(options["size"]), bundle)
+    request = _plain(options, d, frame_count(SECONDS, d.fps) if asked is None else asked)
+    given, notices = None, []
+    if options.get("image") is not None:
+        image, notices = read_image(options["image"])
+        given = image[None]
+    if options.get("video") is not None:
+        given = _read_start(bundle, request, options["video"])
+        if asked is None and (fewer := frames_for(bundle, request, len(given))) != request.frames:
+            request, given = _plain(options, d, fewer), given[:fewer]
+    if size is None:
+        size = d.size if given is None else size_for(bundle, request, given.shape[1:3])
+    start = None if given is None else _fitted(given, size)
+    last = None
+    if options.get("last_image") is not None:
+        image, more = read_image(options["last_image"])
+        last, notices = fit_image(image, size), list(dict.fromkeys([*notices, *more]))
+    request = dataclasses.replace(request, size=size, start=start, last=last)
+    check_settings(bundle, request)
+    return request, notices
+
+
+def _plain(options: dict, d: Defaults, frames: int) -> Request:
+    """What needs neither a file of pictures nor a size."""
     count = 1 if options.get("num_videos") is None else options["num_videos"]
     if count < 1:
         raise InputError(f"--num-videos is {count}; give 1 or more")
@@ -46,33 +65,16 @@ def make_request(bundle: Bundle, options: dict) -> tuple[Request, list[str]]:
             f"{len(timelines)} prompts with --num-videos {count} are more than {MAX_VIDEOS} "
             "videos; make them in several runs"
         )
-    rows = [t for t in timelines for _ in range(count)]
-    request = Request(
-        tuple(rows),
+    return Request(
+        tuple(timeline for timeline in timelines for _ in range(count)),
         frames,
         negative=options.get("negative_prompt"),
-        size=size,
         steps=options.get("steps"),
         guidance=_guidance(options.get("guidance")),
         seed=options.get("seed") or 0,
         method=options.get("method"),
         strength=options.get("strength"),
     )
-    image, notices = None, []
-    if options.get("image") is not None:
-        image, notices = read_image(options["image"])
-    if size is None:
-        size = d.size if image is None else size_for(bundle, request, image.shape[:2])
-    start = None if image is None else fit_image(image, size)[None]
-    if options.get("video") is not None:
-        start = video_frames(bundle, request, options["video"], size)
-    last = None
-    if options.get("last_image") is not None:
-        image, more = read_image(options["last_image"])
-        last, notices = fit_image(image, size), list(dict.fromkeys([*notices, *more]))
-    request = dataclasses.replace(request, size=size, start=start, last=last)
-    check_settings(bundle, request)
-    return request, notices
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -108,10 +110,18 @@ def video_frames(bundle: Bundle, request: Request, path, size: tuple[int, int]) 
 
     Raises: InputError when it cannot be read.
     """
+    return _fitted(_read_start(bundle, request, path), size)
+
+
+def _read_start(bundle: Bundle, request: Request, path) -> np.ndarray:
+    """The same as they are in the video, uint8 [P, h, w, 3]."""
     end, most = span(bundle, request)
     which = {"last": "max_frames", "first": "first"}[end]
-    video, _ = read_video(path, fps=bundle.defaults.fps, **{which: most})
-    return np.stack([fit_image(frame, size) for frame in video])
+    return read_video(path, fps=bundle.defaults.fps, **{which: most})[0]
+
+
+def _fitted(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.stack([fit_image(frame, size) for frame in frames])
 
 
 def _timelines(options: dict, frames: int, fps: int) -> list:

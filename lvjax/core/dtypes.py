@@ -26,4 +26,3 @@ DTYPES = {
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}

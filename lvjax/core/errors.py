@@ -6,10 +6,29 @@ at its boundary; the command line prints the message and exits with `code` (trac
 ``--debug``).
 """
 
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 
 def one_line(text) -> str:
     """Text as one line: line breaks and other control characters are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def shown(value, most: int = 60) -> str:
+    """A value as a message has it: its repr in one line, cut where it is long."""
+    try:
+        text = one_line(repr(value))
+    except ValueError:  # a whole number of more digits than Python writes
+        text = f"a very long {type(value).__name__}"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def some_of(names: Iterable[str]) -> str:
+    """A few of the names, and how many there are more."""
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 class LvjaxError(Exception):
@@ -52,3 +71,24 @@ class InUseError(LvjaxError):
     """Another live run holds the output (exit 7)."""
 
     code = 7
+
+
+def of_system(e: OSError) -> LvjaxError:
+    """What an error of the file system means that nobody nearer to it has said.  Whoever writes
+    says so, which leaves names that cannot be, and what cannot be read.
+    """
+    what = f"cannot use {one_line(e.filename or 'a file')[:200]}: {e.strerror or e}"
+    if e.errno == errno.ENAMETOOLONG:
+        return InputError(f"{what}; give a shorter name")
+    if e.errno in (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR):
+        return CheckpointError(f"{what}; give one that can be read")
+    return StorageError(f"{what}; free space or choose another place")
+
+
+@contextmanager
+def system_told() -> Iterator[None]:
+    """Errors of the file system end as `of_system` says; for a function of the Python face."""
+    try:
+        yield
+    except OSError as e:
+        raise of_system(e) from e

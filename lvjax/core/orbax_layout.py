@@ -3,8 +3,8 @@
 per layer of a stacked one, and `lvjax.json` with the checksums.
 
 Orbax's own metadata describes plain (zarr 2, uncompressed) arrays, whose files hold nothing but the
-numbers; so they are written, and resumed, piece by piece, and every process of a mesh reads just
-the pieces it needs.  Orbax notices no damage in them; `open_folder` does.
+numbers; so they are written, and resumed, piece by piece, and Orbax restores them onto any mesh.
+It notices no damage in them; `open_folder` does.
 Source: google/orbax, checkpoint/orbax/checkpoint/_src/handlers/pytree_checkpoint_handler.py; the
 zarr 2 specification.
 """
@@ -22,7 +22,6 @@ from lvjax.core.errors import CheckpointError
 
 OWN = "lvjax.json"
 FORMAT = "lvjax-folder/1"
-ORBAX = ("_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt")
 HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 KEY_OF_DICT = 2  # Orbax's code for a step into a dictionary
 

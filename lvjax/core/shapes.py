@@ -20,3 +20,16 @@ def expect(x, axes: str, name: str = "array", **sizes: int) -> dict[str, int]:
         if found[axis] != size:
             raise InputError(f"{name} has shape {shape}; axis {axis} must be {size}: [{wanted}]")
     return found
+
+
+def expect_tokens(ids, mask, longest: int) -> None:
+    """Check a text encoder's input: ids and mask [B, M], of at most `longest` tokens.
+
+    Raises: InputError for other shapes and for a text that is too long.
+    """
+    sizes = expect(ids, "B M", "ids")
+    expect(mask, "B M", "mask", **sizes)
+    if sizes["M"] > longest:
+        raise InputError(
+            f"ids have {sizes['M']} tokens, the encoder takes {longest}; shorten the text"
+        )

@@ -7,7 +7,10 @@ Source: Wan-Video/Wan2.1: wan/modules/tokenizers.py.
 
 import html
 import json
+import os
+import sys
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +61,31 @@ def _find(path: Path) -> Path:
     )
 
 
+@contextmanager
+def _guarded(what):
+    """Errors of the library inside, whatever they are, as CheckpointError.
+
+    It has no types of its own for them, and what it panics about it also prints, which is kept from
+    the user's terminal.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    except BaseException as e:
+        if type(e) is not Exception and type(e).__name__ != "PanicException":
+            raise
+        raise CheckpointError(
+            f"{what} is damaged ({' '.join(str(e).split())[:200]}); download it again from "
+            "google/umt5-xxl"
+        ) from e
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def load_tokenizer(path, vocab: int = 256384) -> Tokenizer:
     """The tokenizer of a text encoder.
 
@@ -73,7 +101,8 @@ def load_tokenizer(path, vocab: int = 256384) -> Tokenizer:
         data = file.read_bytes()
         if file.suffix == ".model":
             data = json.dumps(read_sentencepiece(data)).encode()
-        tokenizer = Tokenizer.from_buffer(data)
+        with _guarded(file):
+            tokenizer = Tokenizer.from_buffer(data)
     except (OSError, ValueError) as e:
         raise CheckpointError(
             f"{file} cannot be read ({' '.join(str(e).split())}); download it again from "
@@ -100,7 +129,8 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], length: int = 512) -> T
 
     A text of more tokens than fit keeps its beginning and the end-of-text token; an empty one is
     that token alone.
-    Raises: InputError for anything but a sequence of strings.
+    Raises: InputError for anything but a sequence of strings; CheckpointError when the tokenizer
+      is damaged.
     """
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise InputError("the texts are not a sequence of strings; give [text] for one text")
@@ -112,7 +142,8 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], length: int = 512) -> T
     mask = np.zeros(ids.shape, bool)
     cut = np.zeros(len(texts), bool)
     for i, text in enumerate(texts):
-        own = tokenizer.encode(clean(text), add_special_tokens=False).ids
+        with _guarded("the tokenizer"):
+            own = tokenizer.encode(clean(text), add_special_tokens=False).ids
         cut[i] = len(own) >= length
         own = [*own[: length - 1], EOS]
         ids[i, : len(own)] = own

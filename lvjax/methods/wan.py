@@ -35,12 +35,13 @@ from lvjax.flow.sampling import (
 from lvjax.flow.schedule import Schedule, make_schedule
 from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.dit import Context, dit
+from lvjax.models.parts import EXPERTS as BY_NOISE
 from lvjax.models.vae import decode
 from lvjax.rollout.clipwise import clip_noise, row_key_data
 from lvjax.rollout.condition import MASK, condition, frame_timesteps, pin, start_condition
 from lvjax.rollout.method import Method
 
-EXPERTS = ("dit", "dit_low")
+EXPERTS = tuple(BY_NOISE.values())  # high noise first
 """Names of the transformers' weights, in the order of their steps: high noise first."""
 
 
@@ -156,34 +157,36 @@ def staged(
     Raises: InputError as `wan`.
     """
     check(dit_cfg, vae_cfg, settings)
-    weights, parts = _used(weights, settings), stages(dit_cfg, vae_cfg, settings)
+    parts = stages(dit_cfg, vae_cfg, settings)
+    experts = (_alone(*own, ready) for own in zip(parts.experts, settings.spans, strict=True))
+    programs = Stages(
+        partial(_begin_alone, parts.begin), tuple(experts), partial(_finish_alone, parts.finish)
+    )
+    return partial(_step, _used(weights, settings), stages=programs)
 
-    def step(state: WanState, clip: WanClip):
-        _check_contexts(clip, parts)
-        carry = _begin_alone(parts.begin, state)
-        for i, (first, last) in enumerate(settings.spans):
-            if first < last:
-                params = ready(weights[EXPERTS[i]])
-                # waiting keeps the next expert from coming before this one has gone
-                carry = jax.block_until_ready(
-                    _expert_alone(parts.experts[i], carry, params, state, clip.contexts[i])
-                )
-                del params
-        return _finish_alone(parts.finish, state, carry, weights["vae"])
 
-    return step
+def _alone(part: Callable, span: tuple[int, int], ready: Callable) -> Callable:
+    """The part of an expert as a program, with its weights made ready where it has steps."""
+
+    def program(params, carry: Carry, state: WanState, context: Context) -> Carry:
+        if span[0] == span[1]:
+            return carry
+        # waiting keeps the next expert from coming before this one has gone
+        return jax.block_until_ready(_expert_alone(part, ready(params), carry, state, context))
+
+    return program
 
 
 _begin_alone = jax.jit(lambda part, state: part(state), static_argnums=0)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _expert_alone(part, carry: Carry, params, state: WanState, context: Context):
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _expert_alone(part, params, carry: Carry, state: WanState, context: Context):
     return part(params, carry, state, context)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _finish_alone(part, state: WanState, carry: Carry, params):
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _finish_alone(part, params, carry: Carry, state: WanState):
     return part(params, carry, state)
 
 
@@ -280,15 +283,11 @@ def _init(condition, keys) -> WanState:
     return WanState(jnp.array(condition), clip, row_key_data(keys, condition.shape[0]))
 
 
-def _check_contexts(clip: WanClip, stages: Stages) -> None:
+def _step(weights, state: WanState, clip: WanClip, *, stages: Stages):
     if len(clip.contexts) != len(stages.experts):
         raise InputError(
             f"{len(clip.contexts)} contexts are given for {len(stages.experts)} experts"
         )
-
-
-def _step(weights, state: WanState, clip: WanClip, *, stages: Stages):
-    _check_contexts(clip, stages)
     carry = stages.begin(state)
     for name, expert, context in zip(EXPERTS, stages.experts, clip.contexts, strict=False):
         carry = expert(weights[name], carry, state, context)

@@ -131,7 +131,9 @@ def embed_context(params, text, cfg: DiTConfig, image=None) -> Context:
     cross = params["blocks"]["cross_attn"]
 
     def project(tokens, suffix):
-        return lax.map(lambda p: cross_keys_values(fetch(p), tokens, cfg, suffix), cross)
+        # of layers that wait, what makes queries and the output does not come
+        used = {name + suffix: cross[name + suffix] for name in ("k", "norm_k", "v")}
+        return lax.map(lambda p: cross_keys_values(fetch(p), tokens, cfg, suffix), used)
 
     k, v = project(embed_text(params["text_embedding"], text, cfg), "")
     if image is None:

@@ -235,7 +235,9 @@ def _packed(changes: list[tuple[LowRank, float]], rank: int, kernel, dtype) -> d
     scale, at = np.zeros(rank, np.float32), 0
     for change, strength in changes:
         part = slice(at, at := at + change.a.shape[1])
-        a[:, part], b[part], scale[part] = change.a, change.b, strength * change.scale
+        a[:, part], b[part] = change.a, change.b
+        with np.errstate(over="ignore"):  # what infinity makes of a video is found there
+            scale[part] = strength * change.scale
     return {"a": a, "b": b, "scale": scale}
 
 

@@ -8,7 +8,8 @@ other people call their arrays (checkpoints_convert).
 import dataclasses
 from typing import Any
 
-from lvjax.core.errors import CheckpointError, InputError
+from lvjax.core.errors import CheckpointError, InputError, some_of
+from lvjax.core.params import flatten
 from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.dit import dit_spec
 from lvjax.models.image_encoder import ImageEncoderConfig, image_encoder_spec
@@ -25,6 +26,11 @@ PARTS = {
 }
 """What a part that was converted is described by.  The pocket model has a text encoder of its own.
 """
+
+EXPERTS = {"high": "dit", "low": "dit_low"}
+"""Names of the experts of a model with two, by the noise that they begin with, and their parts."""
+
+TYPES = ("float16", "bfloat16", "float32", "float64")  # of weights
 
 _SPECS = {
     DiTConfig: dit_spec,
@@ -43,6 +49,29 @@ def kind_of(part: str) -> str:
 def part_spec(cfg) -> dict:
     """The tree of parameters of a part with these sizes."""
     return _SPECS[type(cfg)](cfg)
+
+
+def misfits(stored, cfg) -> dict[str, str]:
+    """What is wrong with each array of a part that does not fit its sizes; no array is read.
+
+    stored: a `Stored`, or what has its slots.
+    """
+    wanted, found = flatten(part_spec(cfg)), stored.slots
+    wrong = {name: f"{name} is missing" for name in wanted.keys() - found.keys()}
+    wrong |= {name: f"{name} is not of this model" for name in found.keys() - wanted.keys()}
+    for name in wanted.keys() & found.keys():
+        shape, dtype = tuple(found[name].shape), str(found[name].dtype)
+        if shape != wanted[name].shape:
+            wrong[name] = f"{name} has shape {shape}, expected {wanted[name].shape}"
+        elif dtype not in TYPES:
+            wrong[name] = f"{name} is {dtype}, expected are weights in {' or '.join(TYPES)}"
+    return wrong
+
+
+def check_part(stored, cfg) -> None:
+    """Raises: CheckpointError naming arrays of a part that do not fit its sizes, see `misfits`."""
+    if wrong := misfits(stored, cfg):
+        raise CheckpointError(f"{stored.path}: {some_of(wrong.values())}; convert it again")
 
 
 def read_config(cls: type, values: Any, path):

@@ -15,9 +15,8 @@ import numpy as np
 from einops import rearrange
 from jax import lax
 
-from lvjax.core.errors import InputError
 from lvjax.core.params import Param, Spec, stack
-from lvjax.core.shapes import expect
+from lvjax.core.shapes import expect_tokens
 from lvjax.models.config import check, check_real, check_sizes
 from lvjax.nn.linear import linear, linear_spec
 from lvjax.nn.norm import rms_norm
@@ -168,12 +167,7 @@ def encode_text(params, ids, mask, cfg: UMT5Config):
     Returns: [B, M, dim] of cfg.dtype; padding rows are exact zeros, as Wan's transformers expect.
     Raises: InputError for wrong shapes or a text that is too long.
     """
-    sizes = expect(ids, "B M", "ids")
-    expect(mask, "B M", "mask", **sizes)
-    if sizes["M"] > cfg.length:
-        raise InputError(
-            f"ids have {sizes['M']} tokens, the encoder takes {cfg.length}; shorten the text"
-        )
+    expect_tokens(ids, mask, cfg.length)
     mask = mask.astype(bool)
 
     def layer(x, p):

@@ -13,28 +13,28 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoints_convert.about_lora import is_lora, lora_facts
+from checkpoints_convert.about_lora import lora_facts
 from checkpoints_convert.files import HEAD, opened
+from checkpoints_convert.keys_lora import is_lora
 from checkpoints_convert.lora_file import open_lora
 from checkpoints_convert.read import open_tensors
 from checkpoints_convert.recognise import KINDS
 from checkpoints_convert.sources import INDEX, Source, checkpoints, find_sources
-from lvjax.core.checkpoint import OLD, Slot, Stored
+from lvjax.core.checkpoint import Slot, Stored
 from lvjax.core.errors import CheckpointError
-from lvjax.core.orbax_layout import OWN
-from lvjax.core.params import count, flatten
-from lvjax.core.streaming import TARGETS, open_stored
+from lvjax.core.params import count
+from lvjax.core.streaming import open_stored
 from lvjax.data.tokenizer import FILES, FOLDERS
 from lvjax.io.video import read_card
 from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.image_encoder import ImageEncoderConfig
-from lvjax.models.parts import PARTS, kind_of, part_spec, stored_part
+from lvjax.models.parts import EXPERTS, check_part, kind_of, misfits, part_spec, stored_part
 from lvjax.models.umt5 import UMT5Config
 from lvjax.run import bundle as bundles
 from lvjax.run import card as cards
 from lvjax.run import job
 from lvjax.run.defaults import Defaults
-from lvjax.run.presets import MODELS, PRESETS, preset_of
+from lvjax.run.presets import MODELS, PRESETS, preset_of, presets_of
 from lvjax.run.session import OPENINGS
 from lvjax.run.timeline import short
 
@@ -69,14 +69,14 @@ def about(path: Path) -> tuple[Lines, list[str]]:
     Raises: CheckpointError when it is damaged or nothing that lvjax can read.
     """
     if path.is_dir():
-        return _own_part(open_stored(path)) if is_own(path) else _folder(path)
+        return _own_part(open_stored(path)) if bundles.is_own(path) else _folder(path)
     with opened(path) as f:
         head = f.read(HEAD)
     if head[4:8] == b"ftyp":
         return _video(path, read_card(path)), []
     if path.suffix == ".json" and not path.name.endswith(INDEX):
         return _video(path, cards.read_json(path)), []
-    if is_own(path):
+    if bundles.is_own(path):
         return _own_file(path)
     if is_lora(open_tensors(path)):
         return _lora(path), []
@@ -84,44 +84,17 @@ def about(path: Path) -> tuple[Lines, list[str]]:
     return _alone(source.part, _foreign(source), source.model.tensors.chosen)
 
 
-def is_own(path: Path) -> bool:
-    """Whether lvjax wrote a file or folder of arrays, as it says in the beginning."""
-    if path.is_dir():
-        return (path / OWN).is_file()
-    with opened(path) as f:
-        head = f.read(HEAD)[8:200]
-    if not head.startswith(b"{") or b'"lvjax' in head:
-        return head.startswith(b"{")
-    return open_tensors(path).metadata.get("format") == OLD
-
-
-def own_parts(folder: Path) -> dict[str, Stored]:
-    """The parts in a folder that lvjax wrote, by name; others' files may lie beside them.
-
-    Raises: CheckpointError when one is damaged.
-    """
-    found = {}
-    for part in PARTS:
-        for target in TARGETS.values():
-            place = bundles.part_path(folder, part, target.suffix)
-            if place.exists() and is_own(place):
-                found[part] = open_stored(place)
-    return found
-
-
 # ---- one part ----------------------------------------------------------------------
 
 
 def _own(stored: Stored, cfg) -> Part:
     """A part that lvjax wrote."""
-    wanted = {name: param.shape for name, param in flatten(part_spec(cfg)).items()}
-    found = {name: slot.shape for name, slot in stored.slots.items()}
-    other = sorted(n for n in wanted | found if wanted.get(n) != found.get(n))
-    places = f"{len(found.keys() - other)} of {len(found)} arrays have their place"
-    wrong = None
-    if other:
-        there, expected = found.get(other[0], "missing"), wanted.get(other[0], "nothing")
-        wrong = f"{stored.path}: {other[0]} is {there}, expected is {expected}; convert it again"
+    fit = stored.slots.keys() - misfits(stored, cfg).keys()
+    places, wrong = f"{len(fit)} of {len(stored.slots)} arrays have their place", None
+    try:
+        check_part(stored, cfg)
+    except CheckpointError as e:
+        wrong = str(e)
     types = Counter(str(slot.dtype) for slot in stored.slots.values())
     return Part(stored.path, "lvjax", cfg, types, sum(map(_size, stored.slots.values())), places,
                 wrong)  # fmt: skip
@@ -212,13 +185,16 @@ def _bytes(n: int) -> str:
 
 def _folder(path: Path) -> tuple[Lines, list[str]]:
     """A model, or some of its parts."""
-    if own := own_parts(path):
+    if own := bundles.open_parts(path, others=True):
         if {"dit", "vae"} <= own.keys() and (path / bundles.MODEL).is_file():
-            model = bundles.outline(path)
+            model = bundles.described(path)
             parts = {name: _own(stored, model.config(name)) for name, stored in own.items()}
             return _model_lines(path, parts, model.name, model.defaults)
         parts = {name: _own(s, stored_part(s)[1]) for name, s in own.items()}
-        return _model_lines(path, parts)
+        lines, wrong = _model_lines(path, parts)
+        if "missing" not in dict(lines):
+            wrong.append(f"{path} has no {bundles.MODEL}: its conversion was stopped; run it again")
+        return [line for line in lines if line[0] != "use" or not wrong], wrong
     found = checkpoints(path)
     if len(found) == 1 and is_lora(open_tensors(found[0])):
         return _lora(found[0]), []
@@ -237,7 +213,7 @@ def _model_lines(
     """name, d: of the model, where it is described; else they follow from its transformer."""
     wrong = [part.wrong for part in parts.values() if part.wrong is not None]
     if name is None and "dit" in parts:
-        name = preset_of(parts["dit"].cfg, 2 if "dit_low" in parts else 1)
+        name = preset_of(parts["dit"].cfg, len(bundles.transformers(parts)))
         d = PRESETS[name]
     naming = " + ".join(sorted({part.naming for part in parts.values()}))
     size = _bytes(sum(part.size for part in parts.values()))
@@ -250,14 +226,27 @@ def _model_lines(
     tokenizer = next((str(p.relative_to(path)) for p in places if p.is_file()), None)
     if umt5:
         lines.append(("tokenizer", tokenizer or "none; put tokenizer.json there to read prompts"))
-    if missing := [part for part in ("dit", "vae") if part not in parts]:
+    two = (d is not None and d.boundary is not None) or EXPERTS["low"] in parts
+    needed = [*(EXPERTS.values() if two else ("dit",)), "vae"]
+    if missing := [part for part in needed if part not in parts]:
         lines.append(("missing", f"{' and '.join(missing)}, to make videos with it"))
     if d is not None:
         lines.append(("settings", settings(d)))
+    if others := _other_presets(name, parts):
+        lines.append(("preset", f"{name}; of this structure is also {others}: lvjax convert "
+                                "--preset names it"))  # fmt: skip
     if not wrong:
         reads = "text" in parts and (not umt5 or tokenizer is not None)
-        lines += [("use", line) for line in _uses(path, parts, d, reads)]
+        lines += [("use", line) for line in _uses(path, parts, None if missing else d, reads)]
     return lines, wrong
+
+
+def _other_presets(name: str | None, parts: Mapping[str, Part]) -> str:
+    """The presets that fit these parts beside the one in use, in words."""
+    if "dit" not in parts or name not in PRESETS:
+        return ""
+    fits = presets_of(parts["dit"].cfg, len(bundles.transformers(parts)))
+    return " or ".join(other for other in fits if other != name)
 
 
 def settings(d: Defaults) -> str:
@@ -269,9 +258,11 @@ def settings(d: Defaults) -> str:
 
 
 def _uses(path: Path, parts: Mapping[str, Part], d: Defaults | None, reads: bool) -> list[str]:
-    """The commands that take a folder with these parts.  reads: whether it can read prompts."""
+    """The commands that take a folder with these parts.  d: None where it makes no videos.
+    reads: whether it can read prompts.
+    """
     where, prompt, uses = shlex.quote(str(path)), '--prompt "..."', []
-    if d is not None and {"dit", "vae"} <= parts.keys():
+    if d is not None:
         needed = OPENINGS[d.method].pictures(parts["dit"].cfg)
         image = "".join(f"{PICTURES[name]} " for name in needed)
         known = "" if reads else " --embeddings prompts.safetensors"
@@ -287,14 +278,16 @@ def _uses(path: Path, parts: Mapping[str, Part], d: Defaults | None, reads: bool
 
 
 def _lora(path: Path) -> Lines:
-    tensors = open_lora(path).tensors
+    file = open_lora(path)
+    tensors = file.tensors
     facts = lora_facts(tensors.shapes(), MODELS, str(path))
     ranks = " and ".join(map(str, facts.ranks[:SHOWN])) + (" ..." * (len(facts.ranks) > SHOWN))
     what = f"rank {ranks} beside {_many(facts.modules, 'weight')}" if facts.modules else ""
     more = _many(facts.differences, "difference") if facts.differences else ""
     width = "of unknown width" if facts.width is None else f"{facts.width} wide"
     fits = f"; fits {', '.join(facts.models)}" if facts.models else "; of no released size"
-    expert = {"both": "both experts", "low": "the low-noise expert"}.get(facts.expert)
+    known = {name: f"the {name}-noise expert" for name in EXPERTS}
+    expert = (known | {"both": "both experts"}).get(file.expert)
     types = Counter(str(tensors.dtype(name)) for name in tensors)
     size = sum(tensors.nbytes(name) for name in tensors)
     unused = f", {facts.unused} of them for no transformer" if facts.unused else ""
@@ -304,7 +297,7 @@ def _lora(path: Path) -> Lines:
         ("arrays", f"{_types(types)}, {_bytes(size)}{unused}"),
     ]
     if expert:
-        lines.append(("expert", f"for {expert}, as its names say"))
+        lines.append(("expert", f"for {expert}, as it says"))
     where = shlex.quote(str(path))
     return [*lines, ("use", f'lvjax generate --model FOLDER --lora {where} --prompt "..."')]
 
@@ -315,6 +308,8 @@ def _own_file(path: Path) -> tuple[Lines, list[str]]:
     meta, where = stored.meta, shlex.quote(str(path))
     if "part" in meta:
         return _own_part(stored)
+    if meta.get("kind") == "lora":
+        return _lora(path), []
     if meta.get("kind") == "embeddings":
         prompts = [str(text) for text in meta.get("prompts", ())]
         width = {slot.shape[-1:] for slot in stored.slots.values()}

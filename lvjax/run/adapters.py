@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoints_convert.lora_file import EXPERTS, LoraFile, open_lora, read_parts
-from checkpoints_convert.rules import first
-from lvjax.core.errors import CheckpointError, InputError
+import jax.numpy as jnp
+
+from checkpoints_convert.lora_file import LoraFile, open_lora, read_parts
+from lvjax.core.errors import CheckpointError, InputError, shown, some_of
 from lvjax.models.config import DiTConfig
 from lvjax.models.lora import Lora, Loras
+from lvjax.models.parts import EXPERTS
 from lvjax.run.card import file_hash
 
 
@@ -66,7 +68,7 @@ class Adapter:
             return None
         return (
             f"the LoRA {self.path.name} has no place in this model for {len(left)} of its "
-            f"{self.arrays} arrays, which are left out: {first(left)}"
+            f"{self.arrays} arrays, which are left out: {some_of(left)}"
         )
 
 
@@ -86,7 +88,7 @@ def _one(given) -> Asked:
     wrong = not isinstance(path, (str, Path)) or not str(path) or "\0" in str(path)
     if wrong or len(rest) > 2:
         raise InputError(
-            f"a LoRA is {given!r}; give a path, (path, strength), (path, strength, 'high' or "
+            f"a LoRA is {shown(given)}; give a path, (path, strength), (path, strength, 'high' or "
             "'low'), or a list of these"
         )
     strength, expert = (*rest, *(1.0, None)[len(rest) :])
@@ -94,10 +96,17 @@ def _one(given) -> Asked:
 
 
 def as_strength(given) -> float:
-    """Raises: InputError unless it is a finite number."""
-    if isinstance(given, bool) or not isinstance(given, numbers.Real) or not math.isfinite(given):
-        raise InputError(f"the strength of a LoRA is {given!r}; give a number, 1 is as trained")
-    return float(given)
+    """Raises: InputError unless it is one finite number, of Python, NumPy or JAX."""
+    scalar = getattr(given, "shape", None) == () and jnp.issubdtype(given.dtype, jnp.number)
+    number = given.item() if scalar else given
+    try:
+        real = isinstance(number, numbers.Real) and not isinstance(number, bool)
+        if real and math.isfinite(number):
+            return float(number)
+    except OverflowError:  # a whole number beyond those with a point
+        pass
+    what = f"the strength of a LoRA is {shown(given)}"
+    raise InputError(f"{what}; give one finite number, 1 is as trained")
 
 
 def parse(text: str) -> Asked:
@@ -112,7 +121,7 @@ def parse(text: str) -> Asked:
     if not equals or os.path.lexists(rest):
         path, number = rest, "1"
     try:
-        strength = as_strength(float(number))
+        strength = as_strength(float(number.replace("_", "?")))  # 1_0 would be ten
     except ValueError as e:  # InputError is one
         what = f"--lora {text!r}: the strength is {number!r}"
         raise InputError(f"{what}; write PATH=STRENGTH with a number, for example 0.8") from e

@@ -10,7 +10,8 @@ needed, layer by layer (encoders.py).
 """
 
 import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -18,22 +19,34 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints_convert.files import HEAD, opened
 from checkpoints_convert.foreign import open_foreign
+from checkpoints_convert.read import open_tensors
 from checkpoints_convert.recognise import check_together
-from lvjax.core.checkpoint import Stored, sealed, unsealed, write_atomic
+from checkpoints_convert.sources import find_sources
+from lvjax.core.checkpoint import OLD, Stored, sealed, unsealed, write_atomic
 from lvjax.core.errors import CheckpointError, InputError
+from lvjax.core.orbax_layout import OWN as OWN_FOLDER
 from lvjax.core.streaming import TARGETS, open_stored
 from lvjax.models.config import DiTConfig, VAEConfig
 from lvjax.models.image_encoder import ImageEncoderConfig
-from lvjax.models.parts import PARTS, kind_of, part_spec, read_config, stored_part
+from lvjax.models.parts import (
+    EXPERTS,
+    PARTS,
+    check_part,
+    kind_of,
+    part_spec,
+    read_config,
+    stored_part,
+)
 from lvjax.models.pocket_text import PocketTextConfig
 from lvjax.models.umt5 import UMT5Config
 from lvjax.run.adapters import Adapter
 from lvjax.run.defaults import Defaults
-from lvjax.run.presets import PRESETS, preset_of
+from lvjax.run.presets import PRESETS, preset_of, presets_of
 
 OWN = {"dit": DiTConfig, "vae": VAEConfig, "text": PocketTextConfig}  # described in model.json
-MODEL = "model.json"
+MODEL, TOKENIZER = "model.json", "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,7 @@ class Bundle:
     offload: where the blocks of the transformers wait while a session runs: "none" on the devices;
       in the host's memory, from where "layers" brings a layer at a time, and "expert" a transformer
       for its steps.
+    left_out: a line on each file in the folder that could have been a part and is none.
     """
 
     name: str
@@ -70,16 +84,18 @@ class Bundle:
     merged: bool = False
     base: Mapping[str, Any] = field(default_factory=dict, repr=False)
     offload: str = "none"
+    left_out: tuple[str, ...] = ()
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What the user should know of its LoRAs."""
-        return tuple(lora.notice for lora in self.loras if lora.notice is not None)
+        """What the user should know of its files and LoRAs."""
+        loras = (lora.notice for lora in self.loras if lora.notice is not None)
+        return (*self.left_out, *loras)
 
     @property
     def experts(self) -> tuple[str, ...]:
         """The parts that are transformers: high noise first."""
-        return ("dit", "dit_low") if "dit_low" in self.parts else ("dit",)
+        return transformers(self.parts)
 
     def config(self, part: str):
         """The sizes of a part."""
@@ -97,17 +113,41 @@ def part_path(folder: Path, part: str, suffix: str) -> Path:
     return folder / f"{part}{suffix}"
 
 
-def open_parts(folder: Path) -> dict[str, Stored]:
+def transformers(parts: Container[str]) -> tuple[str, ...]:
+    """The parts of a model that are transformers: high noise first."""
+    return tuple(EXPERTS.values()) if EXPERTS["low"] in parts else ("dit",)
+
+
+def part_places(folder: Path, part: str) -> list[Path]:
+    """Where a part is in a folder: nowhere, in one format, or by an interrupted run in both."""
+    places = [part_path(folder, part, target.suffix) for target in TARGETS.values()]
+    return [path for path in places if os.path.lexists(path)]
+
+
+def is_own(path: Path) -> bool:
+    """Whether lvjax wrote a file or folder of arrays, as it says in the beginning."""
+    if path.is_dir():
+        return (path / OWN_FOLDER).is_file()
+    with opened(path) as f:
+        head = f.read(HEAD)[8:200]
+    if not head.startswith(b"{") or b'"lvjax' in head:
+        return head.startswith(b"{")
+    return open_tensors(path).metadata.get("format") == OLD
+
+
+def open_parts(folder: Path, others: bool = False) -> dict[str, Stored]:
     """The parts of a folder of lvjax's, by name; no array is read.
 
+    others: whether parts of other people's may have their names.
     Raises: CheckpointError when one is damaged, or there twice.
     """
     found = {}
     for part in PARTS:
-        places = [part_path(folder, part, target.suffix) for target in TARGETS.values()]
-        there = [path for path in places if path.exists()]
+        there = [path for path in part_places(folder, part) if not others or is_own(path)]
         if len(there) > 1:
-            raise CheckpointError(f"{there[0]} and {there[1]} are the same part; remove one")
+            raise CheckpointError(
+                f"{there[0]} and {there[1]} are the same part; finish the conversion, or remove one"
+            )
         if there:
             found[part] = open_stored(there[0])
     return found
@@ -121,8 +161,20 @@ def outline(name: str | Path = "pocket") -> Bundle:
     Raises: CheckpointError when something is missing, damaged or of another version.
     """
     folder = _folder(name)
-    if not (folder / MODEL).is_file():
+    if not _has(folder):
         return _foreign_outline(folder)
+    bundle = described(folder)
+    for part, stored in bundle.parts.items():
+        check_part(stored, bundle.config(part))
+    return bundle
+
+
+def described(folder: Path) -> Bundle:
+    """A folder of lvjax's in outline, as it describes itself; whether the arrays fit is not looked
+    at.
+
+    Raises: CheckpointError as `outline`.
+    """
     path, head = folder / MODEL, _read(folder / MODEL)
     if missing := {"name", "defaults"} - set(head):
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; restore it")
@@ -186,11 +238,36 @@ def _foreign_outline(folder: Path) -> Bundle:
         raise CheckpointError(
             f"no model {str(folder)!r}; give 'pocket', a folder that lvjax wrote, or a checkpoint"
         )
-    parts = open_foreign(folder)
+    if folder.is_dir() and (own := open_parts(folder, others=True)):
+        _configs(own, folder)  # says which part is not there yet
+        raise CheckpointError(f"{folder} has no {MODEL}: its conversion was stopped; run it again")
+    parts, left = open_foreign(folder)
     configs = _configs(parts, folder)
-    name = preset_of(configs["dit"], 2 if "dit_low" in parts else 1)
+    name = preset_of(configs["dit"], len(transformers(parts)))
     return _checked(Bundle(name, **_fields(configs), defaults=PRESETS[name], params={},
-                           parts=parts, folder=folder), folder)  # fmt: skip
+                           parts=parts, folder=folder, left_out=tuple(left)), folder)  # fmt: skip
+
+
+def transformer(name: str | Path) -> tuple[DiTConfig, tuple[str, ...]]:
+    """The sizes of a model's transformer, and the parts that are one; nothing else of it need be
+    there.  name: as in `outline`, or the transformer alone.
+
+    Raises: CheckpointError when there is none, or it is damaged.
+    """
+    folder = _folder(name)
+    if _has(folder) and "dit" in (head := _read(folder / MODEL)):
+        return read_config(DiTConfig, head["dit"], folder / MODEL), ("dit",)
+    if not folder.exists():
+        raise CheckpointError(f"no model {str(folder)!r}; give the folder of one")
+    if folder.is_dir() and not is_own(folder):
+        parts = {part: stored_part(s)[1] for part, s in open_parts(folder, others=True).items()}
+    else:
+        parts = dict([stored_part(open_stored(folder))]) if is_own(folder) else {}
+    if not parts:
+        parts = {s.part: s.model.cfg for s in find_sources(folder)[0]}
+    if not (own := [cfg for part, cfg in parts.items() if part in EXPERTS.values()]):
+        raise CheckpointError(f"{folder} has no transformer; give the folder of a model")
+    return own[0], transformers(parts)
 
 
 def _checked(bundle: Bundle, path: Path) -> Bundle:
@@ -203,16 +280,18 @@ def _checked(bundle: Bundle, path: Path) -> Bundle:
     return bundle
 
 
-def describe(folder: Path) -> None:
-    """Write the model.json of a folder whose parts say what they are, once they are all there; one
-    that is there for the same kind of model is kept, as somebody may have changed its defaults.
+def describe(folder: Path, preset: str | None = None) -> None:
+    """Write the model.json of a folder whose parts say what they are, once they are all there.
+
+    preset: a name in `PRESETS` that fits; None for that of one which is there already, where it
+      fits (somebody may have changed its defaults), and else for what the structure says.
     """
-    parts = open_parts(folder)
-    if "dit" not in parts or "dit" in (_read(folder / MODEL) if _has(folder) else {}):
+    parts, head = open_parts(folder), _read(folder / MODEL) if _has(folder) else {}
+    if "dit" not in parts or "dit" in head:
         return
-    _, dit = stored_part(parts["dit"])
-    name = preset_of(dit, 2 if "dit_low" in parts else 1)
-    if not _has(folder) or _read(folder / MODEL).get("name") != name:
+    fits = presets_of(stored_part(parts["dit"])[1], len(transformers(parts)))
+    if head.get("name") not in (fits if preset is None else (preset,)):
+        name = preset or fits[0]
         head = {"name": name, "defaults": dataclasses.asdict(PRESETS[name])}
         write_atomic(folder / MODEL, sealed(head))
 

@@ -15,7 +15,7 @@ import jax
 
 import lvjax
 from lvjax.core.checkpoint import write_atomic
-from lvjax.core.errors import CheckpointError, InputError
+from lvjax.core.errors import CheckpointError, InputError, shown
 
 FAMILY = "lvjax-card/"
 FORMAT = FAMILY + "1"
@@ -55,9 +55,13 @@ def model_place(model: str | None) -> str:
 
     Raises: CheckpointError for what is no name.
     """
-    if model is not None and not isinstance(model, str):
-        raise CheckpointError(f"the model is {model!r}; give 'pocket' or a folder with --model")
-    return "pocket" if model in (None, "pocket") else str(Path(model).resolve())
+    if model in (None, "pocket"):
+        return "pocket"
+    if not isinstance(model, str) or not model or "\0" in model:
+        raise CheckpointError(
+            f"the model is {shown(model)}; give 'pocket' or a folder with --model"
+        )
+    return os.path.realpath(model)  # a link that leads to itself too
 
 
 def card_path(output) -> Path:

@@ -81,7 +81,7 @@ class Defaults:
     steps: int = 16
     shift: float = 3.0
     solver: str = "unipc"
-    guidance: float = 2.0
+    guidance: float | tuple[float, float] = 2.0
     window: tuple[float, float] = (0.3, 0.7)
     positions: str = "relative"
     fill: str = "position"

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lvjax.core.checkpoint import Stored, layers, load_arrays, save_arrays
-from lvjax.core.errors import CheckpointError, InputError
+from lvjax.core.errors import CheckpointError, InputError, system_told
 from lvjax.core.params import unflatten
 from lvjax.data import prompts as pocket
 from lvjax.models import pocket_text, umt5
@@ -101,7 +101,7 @@ def encode_prompts(bundle: Bundle, texts: Iterable[str]) -> dict[str, np.ndarray
     if stored is None:
         raise InputError(
             f"{bundle.name} has no text encoder and no embedding of the prompt {short(texts[0])}; "
-            "convert the text encoder into its folder, or give --embeddings"
+            "convert the text encoder into its folder, or give embeddings of its prompts"
         )
     ids, mask, _ = _tokens(bundle, texts)
     longest = int(mask.sum(1).max())
@@ -166,8 +166,8 @@ def save_embeddings(
 ) -> None:
     """Write rows by prompt.
 
-    model: the name of the model that they are for.  encoder: what made them; its sha256 is kept
-      where it has checksums.
+    model: the name of the model whose text encoder made them, for people; they serve every model
+      with the same encoder.  encoder: that; its sha256 is kept where it has checksums.
     """
     arrays = {_name(i): rows for i, rows in enumerate(embeddings.values())}
     meta = {"prompts": list(embeddings), "model": model, "kind": "embeddings"}
@@ -178,6 +178,7 @@ def _name(index: int) -> str:
     return f"{index:06d}"
 
 
+@system_told()
 def load_embeddings(path, dim: int, encoder: Stored | None = None) -> dict[str, np.ndarray]:
     """Rows by prompt, for a model that takes rows `dim` wide.
 
@@ -192,11 +193,12 @@ def load_embeddings(path, dim: int, encoder: Stored | None = None) -> dict[str, 
     if meta.get("kind") != "embeddings" or names != arrays.keys():
         raise CheckpointError(f"{path} holds no prompt embeddings; make them with `lvjax encode`")
     found = {text: arrays[_name(i)] for i, text in enumerate(prompts)}
-    if wrong := [rows.shape for rows in found.values() if rows.shape[1:] != (dim,)]:
-        raise CheckpointError(
-            f"{path} holds rows {list(wrong[0])}, the model takes [tokens, {dim}]; encode the "
-            "prompts with the model's own text encoder"
-        )
+    for text, rows in found.items():
+        if wrong := _wrong_rows(rows, dim):
+            raise CheckpointError(
+                f"{path} holds {wrong} for the prompt {short(text)}, the model takes [tokens, "
+                f"{dim}]; encode the prompts with the model's own text encoder"
+            )
     made, own = meta.get("encoder"), None if encoder is None else stored_hash(encoder)
     if None not in (made, own) and made != own:
         raise CheckpointError(
@@ -204,6 +206,15 @@ def load_embeddings(path, dim: int, encoder: Stored | None = None) -> dict[str, 
             "with the model's own"
         )
     return found
+
+
+def _wrong_rows(rows: np.ndarray, dim: int) -> str | None:
+    """What keeps rows from being those of a prompt, if anything."""
+    if rows.ndim != 2 or rows.shape[1] != dim or not len(rows):
+        return f"rows {list(rows.shape)}"
+    if rows.dtype != np.float32:
+        return f"rows of {rows.dtype}, not float32,"
+    return None if np.isfinite(rows).all() else "rows that are not finite"
 
 
 def rows_hash(bundle: Bundle, texts: Iterable[str]) -> str | None:

@@ -149,18 +149,29 @@ def fingerprint(stored: Stored) -> list[float]:
     return found
 
 
+def is_fingerprint(found) -> bool:
+    """Whether this, of a JSON file, is what `fingerprint` gave."""
+    numbers = isinstance(found, list) and all(type(x) in (int, float) for x in found)
+    return numbers and len(found) == NUMBERS and bool(np.isfinite(found).all())
+
+
 def check_fingerprint(stored: Stored, facts: dict) -> list[float]:
     """The fingerprint of a part, compared with the one in its report, if there is one.
 
-    Raises: CheckpointError when they differ by more than `TOLERANCE`.
+    Raises: CheckpointError when they differ by more than `TOLERANCE`, or the report has none.
     """
-    now = np.asarray(fingerprint(stored))
-    if (before := facts.get("fingerprint")) is not None:
+    now, before = np.asarray(fingerprint(stored)), facts.get("fingerprint")
+    if before is not None:
+        if not is_fingerprint(before):
+            raise CheckpointError(
+                f"the report of {stored.path} has {len(before) if type(before) is list else 'no'} "
+                f"numbers as its fingerprint instead of {NUMBERS}; remove it and convert it again"
+            )
         off = np.linalg.norm(now - before) / max(np.linalg.norm(before), 1e-30)
         if not off <= TOLERANCE:
             raise CheckpointError(
                 f"{stored.path} computes something else than when it was converted (relative "
-                f"difference {off:.2g}, allowed {TOLERANCE:g}); convert it again with --overwrite"
+                f"difference {off:.2g}, allowed {TOLERANCE:g}); remove it and convert it again"
             )
         return list(before)
     return now.tolist()

@@ -28,18 +28,20 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 
 @contextmanager
-def hold(outputs, option: str = "--out"):
+def hold(outputs, option: str = "--out", inside: bool = False):
     """Hold `<output>.lock` of every output while the body runs; of none when one is taken.
 
     outputs: a path, or several; they are taken in sorted order.  option: what chooses them, for the
-    messages.
+    messages.  inside: they are folders, made where they are not there, and the file is `.lock` in
+    each: what is around a folder need not be writable.
     Raises: InUseError naming the run that has one; StorageError when the place cannot be written.
     """
     several = isinstance(outputs, Iterable) and not isinstance(outputs, str)
     places = {os.path.realpath(p): p for p in (outputs if several else [outputs])}
     with ExitStack() as held:
         for place, given in sorted(places.items()):
-            held.enter_context(_hold(Path(f"{place}.lock"), given, option))
+            path = Path(place, ".lock") if inside else Path(f"{place}.lock")
+            held.enter_context(_hold(path, given, option))
         yield
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lvjax.core.errors import CheckpointError, InputError
+from lvjax.core.errors import CheckpointError, InputError, shown, system_told
 from lvjax.core.params import flatten, unflatten
 from lvjax.models.lora import Lora, Loras, attach, merge
 from lvjax.run.adapters import (
@@ -27,28 +27,36 @@ from lvjax.run.adapters import (
     open_adapter,
 )
 from lvjax.run.bundle import Bundle
+from lvjax.run.request import check_bundle
 from lvjax.run.weights import read_weights
 
 
-def with_lora(bundle: Bundle, lora, merge: bool = False) -> Bundle:
+@system_told()
+def with_lora(bundle: Bundle, lora, merge: bool | None = None) -> Bundle:
     """The model with LoRAs, in addition to those that it has.
 
     lora: the path of a file or of a folder with one; (path, strength), 1 being as trained and 0
       off; (path, strength, "high" or "low") for one expert of a model with two, which without it
       are both changed; or a list of these.
     merge: whether all its LoRAs are added up with the weights, in float32 and rounded once, instead
-      of kept beside them.  Beside them their strengths can be changed at no cost; merged they cost
-      no time, and memory for a second copy of the weights that they change.
+      of kept beside them; None for as those that it has, beside where there are none.  Beside them
+      their strengths can be changed at no cost; merged they cost no time, and memory for a second
+      copy of the weights that they change.
     Keys that the model has no place for are told in `Bundle.notices`.
     Raises: InputError; CheckpointError when a LoRA is missing, damaged, of another model, or of a
       kind that cannot be used.
     """
-    if not isinstance(merge, bool):
-        raise InputError(f"merge is {merge!r}; give True or False")
+    check_bundle(bundle)
+    if not isinstance(merge, bool | None):
+        raise InputError(f"merge is {shown(merge)}; give True, False or None")
     new = tuple(open_adapter(a, bundle.dit, bundle.experts) for a in as_asked(lora))
-    return _with(without_lora(bundle), (*bundle.loras, *new), merge)
+    adapters = (*bundle.loras, *new)
+    if merge and not adapters:
+        raise InputError("no LoRA is given to be merged; give one, or leave the merging out")
+    return _with(without_lora(bundle), adapters, bundle.merged if merge is None else merge)
 
 
+@system_told()
 def with_strength(bundle: Bundle, strength) -> Bundle:
     """The model with its LoRAs at other strengths; where they are beside the weights nothing is
     compiled again.
@@ -56,6 +64,12 @@ def with_strength(bundle: Bundle, strength) -> Bundle:
     strength: one number for all, or a list with one for each, in their order.
     Raises: InputError.
     """
+    check_bundle(bundle)
+    if shape := getattr(strength, "shape", ()):
+        raise InputError(
+            f"the strength is an array of shape {list(shape)}; give one number for all LoRAs, or a "
+            "list with one for each"
+        )
     count = len(bundle.loras)
     given = list(strength) if isinstance(strength, (list, tuple)) else [strength] * count
     if not count or len(given) != count:
@@ -64,12 +78,14 @@ def with_strength(bundle: Bundle, strength) -> Bundle:
     return _with(without_lora(bundle), tuple(new), bundle.merged)
 
 
+@system_told()
 def without_lora(bundle: Bundle) -> Bundle:
     """The model without its LoRAs, with the very weights that it had before; where only merged
     weights are in memory, the files are read again.
 
-    Raises: CheckpointError when they are not what they were.
+    Raises: InputError; CheckpointError when they are not what they were.
     """
+    check_bundle(bundle)
     if not bundle.loras:
         return bundle
     own = {name: h for name, h in bundle.hashes.items() if not name.startswith("lora ")}

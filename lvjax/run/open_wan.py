@@ -32,12 +32,11 @@ OFFLOADS = ("none", "expert", "layers")
 def settings(bundle: Bundle, request: Request) -> WanSettings:
     """The method's settings of a resolved request."""
     d, guidance = bundle.defaults, request.guidance
-    boundary = d.boundary if len(bundle.experts) > 1 else None
     return WanSettings(
         schedule=make_schedule(request.steps, d.shift, d.solver),
         solver=d.solver,
-        guidance=guidance[0] if isinstance(guidance, tuple) and boundary is None else guidance,
-        boundary=boundary,
+        guidance=guidance[0] if isinstance(guidance, tuple) and d.boundary is None else guidance,
+        boundary=d.boundary,
         impose=d.impose and request.start is not None,
         strength=_strength(bundle, request),
     )
@@ -72,8 +71,8 @@ def span(bundle: Bundle, request: Request) -> tuple[str, int]:
 
 
 def size_for(bundle: Bundle, picture: tuple[int, int]) -> tuple[int, int]:
-    """The size of a video of a picture, where none is asked for: the shape of the picture, in the
-    area of the model's own size.
+    """The size of a video of a picture or another video, where none is asked for: the shape of
+    that, in the area of the model's own size.
     """
     d = bundle.defaults
     unit = bundle.vae.spatial_stride * bundle.dit.patch[1]
@@ -83,21 +82,19 @@ def size_for(bundle: Bundle, picture: tuple[int, int]) -> tuple[int, int]:
 
 def check(bundle: Bundle, request: Request) -> None:
     """Raises: InputError for a resolved request that this method or model cannot follow."""
-    pair, usual = isinstance(request.guidance, tuple), bundle.defaults.guidance
-    if pair and len(bundle.experts) == 1 and list(request.guidance) != list(np.atleast_1d(usual)):
-        raise InputError(f"guidance is {request.guidance}; {bundle.name} has one expert: give one")
+    _check_experts(bundle, request)
     chosen = settings(bundle, request)
     check_models(bundle.dit, bundle.vae, chosen)
     start, last, tokens = start_frames(request), last_frame(request), bundle.dit.image_dim
     if start is None and request.strength is not None:
-        raise InputError("a strength is given without a video; give --video, or leave it out")
+        raise InputError("a strength is given without a video; give a video, or leave it out")
     needed = pictures(bundle.dit)
     if "start" in needed and start is None:
-        raise InputError(f"{bundle.name} makes videos of a picture; give one with --image")
+        raise InputError(f"{bundle.name} makes videos of a picture; give the first image")
     if "last" in needed and last is None:
-        raise InputError(f"{bundle.name} goes from a picture to another; give --last-image too")
+        raise InputError(f"{bundle.name} goes from a picture to another; give the last image too")
     if last is not None and (not bundle.dit.condition_channels or (tokens and not _two(bundle))):
-        raise InputError(f"{bundle.name} takes no last picture; leave --last-image out")
+        raise InputError(f"{bundle.name} takes no last image; leave it out")
     if chosen.strength is not None and start.shape[1] == 1 < request.frames:
         raise InputError(
             f"{bundle.name} takes no picture; leave it out, or give a video to make another one of"
@@ -109,6 +106,24 @@ def check(bundle: Bundle, request: Request) -> None:
         )
     if tokens and len(request.timelines) > 1 and np.ndim(request.start) == 5:
         raise InputError(f"{bundle.name} takes one picture for all videos of a run; give one")
+
+
+def _check_experts(bundle: Bundle, request: Request) -> None:
+    """Raises: InputError unless there are as many transformers as the settings are for."""
+    d, experts = bundle.defaults, len(bundle.experts)
+    if d.boundary is not None and experts == 1:
+        raise InputError(
+            f"{bundle.name} has two experts, of which only one is here; convert the other into the "
+            "same folder, or set defaults.boundary to None for all steps with this one"
+        )
+    if d.boundary is None and experts == 2:
+        raise InputError(
+            f"{bundle.name} has two experts and defaults.boundary is None; give the share of the "
+            "noise from which on the first one is used, for example 0.9"
+        )
+    pair = isinstance(request.guidance, tuple)
+    if pair and experts == 1 and list(request.guidance) != list(np.atleast_1d(d.guidance)):
+        raise InputError(f"guidance is {request.guidance}; {bundle.name} has one expert: give one")
 
 
 def _two(bundle: Bundle) -> bool:

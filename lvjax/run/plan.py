@@ -272,10 +272,11 @@ def seconds(plan: Plan, rate: float) -> float:
 def describe(plan: Plan, rate: float) -> str:
     """The plan in one line for the user."""
     parts = ", ".join(f"{k} {v / 1e6:.0f} MB" for k, v in plan.memory.items())
+    clips = f"{plan.clips} clip{'s' * (plan.clips > 1)}"
     each = "" if plan.devices == 1 else f" on each of {plan.devices} devices"
     wait = f", weights that wait on the host {plan.waiting / 1e6:.0f} MB" if plan.waiting else ""
     return (
-        f"plan: {plan.frames} frames in {plan.clips} clips; memory {plan.host_bytes / 1e9:.2f} GB "
+        f"plan: {plan.frames} frames in {clips}; memory {plan.host_bytes / 1e9:.2f} GB "
         f"({parts}{each}; the process itself {(plan.host - plan.waiting) / 1e6:.0f} MB{wait}, and "
         f"{COMPILING / 1e6:.0f} MB more while compiling for the first time); "
         f"offload {plan.offload}, {plan.reason}; "
@@ -341,5 +342,5 @@ def _smaller(bundle: Bundle, work: Work, offload: str) -> str:
         if fits(propose(bundle, work, offload)):
             height, width = work.size
             videos = "one video" if work.batch == 1 else f"{work.batch} videos at once"
-            return f"{videos} of --size {width}x{height} would fit"
+            return f"{videos} of {width}x{height} would fit"
     return "no smaller setting fits: free memory"

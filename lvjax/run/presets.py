@@ -67,6 +67,8 @@ PRESETS = {
 """Wan 2.1's image-to-video weights for 480p and for 720p have the same shapes: only a name or a
 config tells them apart."""
 
+FOR_480P = "-480p"  # the end of the name of a preset for smaller pictures
+
 MODELS = {
     "wan2.1-t2v-1.3b": WAN_T2V_1_3B,
     "wan2.1-t2v-14b": WAN_T2V_14B,
@@ -83,6 +85,7 @@ OFFICIAL_SIZES = {
     "wan2.1-t2v-1.3b": _BOTH[2:],
     "wan2.1-t2v-14b": _BOTH,
     "wan2.1-i2v-14b": _BOTH,
+    "wan2.1-i2v-14b-480p": _BOTH,
     "wan2.1-flf2v-14b": _BOTH,
     "wan2.2-t2v-a14b": _BOTH,
     "wan2.2-i2v-a14b": _BOTH,
@@ -112,6 +115,12 @@ def preset_of(dit: DiTConfig, experts: int) -> str:
     if image:
         return "wan2.1-i2v-14b"
     return "wan2.1-t2v-1.3b" if dit.dim <= SMALL else "wan2.1-t2v-14b"
+
+
+def presets_of(dit: DiTConfig, experts: int) -> tuple[str, ...]:
+    """Every preset that fits such a model; the first is the one that its structure tells."""
+    name = preset_of(dit, experts)
+    return (name, *(other for other in PRESETS if other == f"{name}{FOR_480P}"))
 
 
 def run_settings(name: str) -> dict[str, Any]:
@@ -149,7 +158,7 @@ def size_notices(name: str, dit: DiTConfig, d: Defaults, size: tuple[int, int]) 
         sizes = " or ".join(f"{w}x{h}" for h, w in known)
         shapes = ", or other shapes of such areas" if any_shape else ""
         return [f"{name} was made for {sizes}{shapes}; {size[1]}x{size[0]} may look worse"]
-    small = PRESETS.get(f"{name}-480p")
+    small = PRESETS.get(f"{name}{FOR_480P}")
     if small is not None and near(small.size) and d.shift != small.shift:
         return [
             f"{name} is officially sampled with shift {small.shift:g} at this size, here with "

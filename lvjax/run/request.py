@@ -9,10 +9,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lvjax.core.errors import InputError
-from lvjax.methods import METHODS
+from lvjax.core.errors import InputError, shown
 from lvjax.rollout.condition import MASK
 from lvjax.run.bundle import Bundle
+from lvjax.run.defaults import ALLOWED
 
 MAX_FRAMES = 10_000_000
 MAX_SIDE = 16384  # of an encoded picture
@@ -39,11 +39,17 @@ class Request:
     start: Any = None
     size: tuple[int, int] | None = None
     steps: int | None = None
-    guidance: float | None = None
+    guidance: float | tuple[float, float] | None = None
     seed: int = 0
     method: str | None = None
     last: Any = None
     strength: float | None = None
+
+
+def check_bundle(given) -> None:
+    """Raises: InputError unless it is a model."""
+    if not isinstance(given, Bundle):
+        raise InputError(f"the model is {shown(given)}; give what lvjax.load returns")
 
 
 def frame_count(seconds: float, fps: int) -> int:
@@ -56,11 +62,16 @@ def frame_count(seconds: float, fps: int) -> int:
     return check_frames(1 + MASK * round(seconds * fps / MASK))
 
 
+def whole_frames(available: int) -> int:
+    """The most frames of the form 1 + 4m among those that there are, one at least."""
+    return max(1, available - (available - 1) % MASK)
+
+
 def check_frames(frames: int) -> int:
     """Raises: InputError naming the two nearest counts of the form 1 + 4m."""
     if frames < 1 or frames > MAX_FRAMES or (frames - 1) % MASK:
         near = min(frames, MAX_FRAMES - MASK)
-        below = max(1, near - (near - 1) % MASK)
+        below = whole_frames(near)
         raise InputError(
             f"frames is {frames}; it must be 1 + 4m, at most {MAX_FRAMES}: the nearest are "
             f"{below} and {below + MASK}"
@@ -95,7 +106,7 @@ def check_timeline(timeline) -> None:
     """
     if not timeline:
         raise InputError(
-            "no prompt is given; give at least one, for example --prompt 'the camera pans left'"
+            "no prompt is given; give at least one, for example 'the camera pans left'"
         )
     times = [t for t, _ in timeline]
     if not all(isinstance(p, str) and p.strip() for _, p in timeline):
@@ -119,23 +130,20 @@ def resolved(bundle: Bundle, request: Request) -> Request:
     check_frames(request.frames)
     size = check_size(tuple(request.size or d.size), bundle)
     if type(request.seed) is not int or not 0 <= request.seed < MAX_SEED:
-        raise InputError(f"seed is {request.seed!r}; give a number from 0 to {MAX_SEED - 1}")
+        raise InputError(f"seed is {shown(request.seed)}; give a number from 0 to {MAX_SEED - 1}")
     given = {
         "method": d.method if request.method is None else request.method,
         "steps": d.steps if request.steps is None else request.steps,
         "guidance": d.guidance if request.guidance is None else request.guidance,
         "negative": d.negative if request.negative is None else request.negative,
     }
-    if given["method"] not in METHODS:
-        what = f"method {given['method']!r} is unknown"
-        raise InputError(f"{what}; choose one of {sorted(METHODS)}")
-    scales = given["guidance"] if isinstance(given["guidance"], tuple) else (given["guidance"],)
-    steps = 1 <= given["steps"] <= 1000
-    if not steps or not all(math.isfinite(g) and 0 <= g <= 100 for g in scales):
-        raise InputError(
-            f"steps is {given['steps']}, guidance {given['guidance']}; allowed are 1 to 1000 steps "
-            "and a guidance from 0 to 100"
-        )
-    if request.strength is not None and not 0 < request.strength <= 1:
-        raise InputError(f"strength is {request.strength}; give a number above 0, at most 1")
+    for name, value in given.items():
+        test, words = ALLOWED[name]
+        if not test(value):
+            raise InputError(f"{name} is {shown(value)}; give {words}")
+    if isinstance(given["guidance"], list):
+        given["guidance"] = tuple(given["guidance"])
+    strength = request.strength
+    if strength is not None and not (type(strength) in (int, float) and 0 < strength <= 1):
+        raise InputError(f"strength is {shown(strength)}; give a number above 0, at most 1")
     return replace(request, size=size, **given)

@@ -22,7 +22,7 @@ from lvjax.rollout.method import Method, stream
 from lvjax.run import encoders, open_error_free, open_wan
 from lvjax.run.bundle import Bundle
 from lvjax.run.presets import size_notices
-from lvjax.run.request import Request, resolved
+from lvjax.run.request import Request, resolved, whole_frames
 from lvjax.run.timeline import Cuts, missed_notices
 
 OPENINGS: dict[str, ModuleType] = {"error_free": open_error_free, "wan": open_wan}
@@ -53,7 +53,7 @@ class Session:
       row.
     cuts: which frames each clip shows.  skip_first, overlap_frames: pixel frames that clip 0, and
       every later clip, was given and does not show.
-    step: see `Opening`.
+    step: see `Opening`.  adapted: whether the model has LoRAs.
     """
 
     method: Method
@@ -67,6 +67,7 @@ class Session:
     overlap_frames: int
     notices: tuple[str, ...] = ()
     step: Callable[[Any, Any], tuple[Any, Any]] | None = None
+    adapted: bool = False
 
     @property
     def num_clips(self) -> int:
@@ -106,7 +107,7 @@ class Session:
         del first, state  # nothing here outlives its clip
         shown = self.cuts.begin(start)
         for i, (new, (latents, frames)) in enumerate(made, start):
-            _check_finite(latents, frames, i)
+            _check_finite(latents, frames, i, self.adapted)
             frames = frames[:, self.skip_first if i == 0 else self.overlap_frames :]
             frames = frames[:, : self.frames - shown]
             shown += frames.shape[1]
@@ -135,13 +136,15 @@ def to_uint8(frames):
     return jnp.round((jnp.clip(frames, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
 
-def _check_finite(latents, frames, clip: int) -> None:
+def _check_finite(latents, frames, clip: int, adapted: bool = False) -> None:
+    remedy = "another seed, fewer steps or less guidance"
+    remedy = f"LoRAs of less strength, {remedy}" if adapted else remedy
     for name, after, x in (("latents", "sampling", latents), ("frames", "decoding", frames)):
         bad = ~np.isfinite(np.asarray(x)).reshape(len(x), -1).all(1)
         if bad.any():
             raise NonFiniteError(
                 f"{name} of clip {clip} are not finite after {after} (row {int(bad.argmax())}); "
-                "the clips before it are kept; try another seed, fewer steps or less guidance"
+                f"the clips before it are kept; try {remedy}"
             )
 
 
@@ -156,8 +159,18 @@ def span(bundle: Bundle, request: Request) -> tuple[str, int]:
     return OPENINGS[resolved(bundle, request).method].span(bundle, request)
 
 
+def frames_for(bundle: Bundle, request: Request, available: int) -> int:
+    """The frames of a video that is asked for without a number, from how many the video has that
+    is given: where another one is made of that, as many, up to those of the request.
+    """
+    end, most = span(bundle, request)
+    return whole_frames(min(most, available)) if end == "first" else request.frames
+
+
 def size_for(bundle: Bundle, request: Request, picture: tuple[int, int]) -> tuple[int, int]:
-    """The (height, width) of a video that is asked for without one, from that of its picture."""
+    """The (height, width) of a video that is asked for without one, from that of the picture or
+    video that is given.
+    """
     return OPENINGS[resolved(bundle, request).method].size_for(bundle, picture)
 
 
@@ -249,6 +262,7 @@ def _session(bundle: Bundle, request: Request, mesh) -> Session:
         opened.overlap_frames,
         notices(bundle, request),
         opened.step,
+        bool(bundle.loras),
     )
     session.abstract_state()  # what does not fit together says so here
     return session

@@ -13,11 +13,10 @@ from checkpoints_convert.recognise import KINDS
 from checkpoints_convert.sources import find_sources
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.core.streaming import open_stored
-from lvjax.models.parts import kind_of, stored_part
+from lvjax.models.parts import check_part, kind_of, stored_part
 from lvjax.models.pocket_text import PocketTextConfig
 from lvjax.models.umt5 import UMT5Config
-from lvjax.run.about import is_own, own_parts
-from lvjax.run.bundle import MODEL, outline
+from lvjax.run.bundle import MODEL, is_own, open_parts, outline
 from lvjax.run.presets import PRESETS
 
 
@@ -48,7 +47,7 @@ def open_text(path: Path) -> TextFolder:
         raise CheckpointError(f"no such folder: {path}; give one with a text encoder")
     folder, negatives = path, [d.negative for d in PRESETS.values()]
     if path.is_dir():
-        own = own_parts(path)
+        own = open_parts(path, others=True)
     else:
         folder, own = path.parent, {"text": open_stored(path)} if is_own(path) else {}
     if "text" in own:
@@ -64,6 +63,7 @@ def open_text(path: Path) -> TextFolder:
         source = find_sources(path, "text")[0][0]
         stored = Foreign(source.model, "text", source.path)
     part, cfg = stored_part(stored)
+    check_part(stored, cfg)
     if part != "text":
         raise CheckpointError(f"{path} is {KINDS[kind_of(part)].title}; give a text encoder")
     title = f"UMT5 of {folder.resolve().name}"

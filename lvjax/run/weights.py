@@ -23,7 +23,8 @@ import numpy as np
 from lvjax.core.checkpoint import Stored, raw, save_arrays, write_atomic
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.core.offload import wait
-from lvjax.core.params import abstract, flatten, unflatten
+from lvjax.core.params import flatten, unflatten
+from lvjax.models.parts import check_part, part_spec
 from lvjax.models.pocket_text import PocketTextConfig
 from lvjax.run.adapters import beside_bytes, by_part, merged_bytes
 from lvjax.run.bundle import MODEL, OWN, Bundle, outline, specs, typed
@@ -50,13 +51,15 @@ def read_weights(bundle: Bundle, change: Callable[[str, str, Any], Any] | None =
     Raises: CheckpointError as `load`.
     """
     params, hashes = {}, {}
-    for part, spec in specs(bundle).items():
+    for part in specs(bundle):
         if part not in bundle.parts:
             raise CheckpointError(f"{bundle.folder} has no file of the part {part!r}; restore it")
         keep = (lambda path, leaf: leaf) if change is None else partial(change, part)
         if part in bundle.experts and bundle.offload != "none":
             keep = partial(_waiting, keep)
-        params[part], hashes[part] = _load(bundle.parts[part], spec, _wide(bundle, part), keep)
+        params[part], hashes[part] = _load(
+            bundle.parts[part], bundle.config(part), _wide(bundle, part), keep
+        )
     if "image" in bundle.parts and (known := stored_hash(bundle.parts["image"])) is not None:
         hashes["image"] = known  # read when needed; of a text encoder, a run compares the rows
     sizes = [[part, *_unusual(bundle.config(part))] for part in sorted(params)]
@@ -100,31 +103,19 @@ def _wide(bundle: Bundle, part: str) -> bool:
     return part in ("vae", "text") or bundle.dit.dtype == "float32"
 
 
-def _load(stored: Stored, spec: dict, wide: bool, change: Callable) -> tuple[dict, str]:
+def _load(stored: Stored, cfg, wide: bool, change: Callable) -> tuple[dict, str]:
     """A part on the device, array by array, each as change(path, array) gives it, and its hash.
 
     Raises: CheckpointError listing what is missing, left over, misshapen or not finite.
     """
-    wanted, slots = flatten(abstract(spec)), stored.slots
-    wrong = [f"{k} is missing" for k in sorted(set(wanted) - set(slots))]
-    wrong += [f"{k} is not of this model" for k in sorted(set(slots) - set(wanted))]
-    shared = [k for k in wanted if k in slots]
-    wrong += [
-        f"{k} has shape {slots[k].shape}, expected {wanted[k].shape}"
-        for k in shared
-        if slots[k].shape != wanted[k].shape
-    ]
-    kinds = (*HALF, np.float32, np.float64)
-    wrong += [f"{k} is {slots[k].dtype}" for k in shared if slots[k].dtype not in kinds]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise CheckpointError(f"{stored.path}: {'; '.join(wrong[:5])}{more}")
+    check_part(stored, cfg)
     arrays, found = {}, []
-    for name in wanted:
-        array = stored[name]
+    for name in flatten(part_spec(cfg)):
+        array, slot = stored[name], stored.slots[name]
         if not np.isfinite(array).all():
             raise CheckpointError(f"{stored.path}: {name} is not finite; restore it")
-        found.append([name, str(array.dtype), list(array.shape), zlib.crc32(raw(array))])
+        crc = slot.crc if slot.pieces else zlib.crc32(raw(array))  # others' files have none
+        found.append([name, str(array.dtype), list(array.shape), crc])
         keep = array.dtype in HALF and not wide
         arrays[name] = change(name, jnp.asarray(array if keep else array.astype(np.float32)))
     return unflatten(arrays), _hash(found)

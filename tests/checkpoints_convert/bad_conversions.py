@@ -384,7 +384,7 @@ CASES = [
     case("two transformers", "holds a diffusion transformer twice", MODEL, after=copied),
     case("one expert of two", "holds one expert of two", {PAIR: same, VAE: same}, after=one_expert),
     # the wrong thing
-    case("a LoRA", "is a LoRA: give it with --lora", {DIT: lora}, src="src/transformer"),
+    case("a LoRA", "is a LoRA, or a file of", {DIT: lora}, src="src/transformer"),
     case(
         "differences of weights",
         "weight differences: give it with --lora",

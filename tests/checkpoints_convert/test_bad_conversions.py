@@ -29,9 +29,10 @@ def use(path):
         raise kinds.get(code, RuntimeError)(said.getvalue().removesuffix("\\n"))
 """
 NAMES = [c.name for c in CASES]
-# Whose folder holds no transformer, or is converted alone: there is nothing for `lvjax.load`.
+# Whose folder holds no transformer, or that are converted alone: nothing for `lvjax.load`; or where
+# only a conversion has a type to choose.
 ALONE = {"more than float16 holds", "--part of something else", "--part that is not there"}
-ALONE |= {"--part that is damaged"}
+ALONE |= {"--part that is damaged", "layers of two types"}
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import json
 from functools import partial
 
 import jax
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -133,7 +134,10 @@ def test_one_part_of_a_folder(folders, tmp_path, capsys):
 def test_exported_folders_load_in_diffusers_and_transformers(folders, tmp_path):
     model, given, made = folders
     assert main(["convert", str(made["official"]), str(tmp_path), "--to", "diffusers"]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {PLACES[part] for part in MODELS[model]}
+    wanted = {PLACES[part] for part in MODELS[model]}
+    wanted |= {"model_index.json", "scheduler", "tokenizer"}
+    wanted |= {"image_processor"} if "image" in MODELS[model] else set()
+    assert {path.name for path in tmp_path.iterdir()} == wanted
     for part in MODELS[model]:
         place = PLACES[part]
         folder, theirs = tmp_path / place, given["diffusers"] / place
@@ -261,6 +265,79 @@ def test_two_experts_in_one_folder(tmp_path):
         ("dit", False),
         ("dit_low", True),
     ]
+
+
+@pytest.mark.parametrize("how", ["file", "index", "folder", "official folder", "link"])
+@pytest.mark.parametrize(("word", "part"), [("low", "dit_low"), ("high", "dit")])
+def test_an_expert_by_itself_is_the_one_that_its_name_says(tmp_path, capsys, how, word, part):
+    arrays = draw(tiny("wan2.2-t2v-a14b.official")[0], "bfloat16")
+    expert = tmp_path / f"{word}_noise_model"
+    if how == "file":
+        src = write(arrays, tmp_path / "x", f"wan2.2_t2v_{word}_noise_14B", "file")
+    elif how == "index":
+        src = write(arrays, expert, "diffusion_pytorch_model", "shards")
+    elif how == "link":  # as caches of downloads have them
+        (tmp_path / f"a_{word}_noise_14B.safetensors").symlink_to(
+            write(arrays, tmp_path, "b", "file")
+        )
+        src = tmp_path / f"a_{word}_noise_14B.safetensors"
+    else:
+        stem = "x" if how == "folder" else f"wan_{word}_noise"
+        src = write(arrays, expert, stem, "shards").parent
+    assert main(["convert", str(src), str(tmp_path / "dst")]) == 0
+    said = capsys.readouterr().err
+    assert f"{part} (the {word}-noise expert by its name, official naming" in said
+    assert opened(tmp_path / "dst", part).meta["part"] == part
+    # who says which it is, is right
+    for other in ("dit", "dit_low") if how in ("file", "index") else ():
+        dst = tmp_path / f"as-{other}"
+        assert main(["convert", str(src), str(dst), "--part", other]) == 0
+        assert "by its name" not in capsys.readouterr().err
+        assert opened(dst, other).meta["part"] == other
+    # and both make a model of two
+    if how == "folder" and word == "low":
+        high = write(arrays, tmp_path / "high_noise_model", "x", "shards").parent
+        assert main(["convert", str(high), str(tmp_path / "dst")]) == 0
+        model = json.loads((tmp_path / "dst" / "model.json").read_text())
+        assert model["name"] == "wan2.2-t2v-a14b"
+
+
+def test_the_name_of_a_whole_model_is_not_of_an_expert(tmp_path):
+    src = tmp_path / "low_noise_tests"
+    write(draw(tiny("wan2.1-t2v-1.3b.official")[0]), src, "dit", "file")
+    write(draw(tiny("wan2.1-vae.official")[0]), src, "vae", "pth")
+    assert [(s.part, s.expert) for s in find_sources(src)[0]] == [("dit", None), ("vae", None)]
+
+
+def test_layers_of_two_types_are_loaded_in_the_wider(tmp_path):
+    """Nothing is written, so that there is no type to choose; conversion asks for one."""
+    own = draw(tiny("wan2.1-t2v-1.3b.official")[0])
+    for key in ("blocks.0.ffn.0.weight", "blocks.1.norm3.weight", "blocks.1.modulation"):
+        own[key] = own[key].astype(ml_dtypes.bfloat16)
+    half = "blocks.0.ffn.2.weight", "blocks.1.ffn.2.weight"
+    own[half[0]] = own[half[0]].astype(np.float16)
+    own[half[1]] = own[half[1]].astype(ml_dtypes.bfloat16)
+    write(own, tmp_path, "dit", "file")
+    write(draw(tiny("wan2.1-vae.official")[0]), tmp_path, "vae", "pth")
+    bundle = lvjax.load(tmp_path, dtype="float32")
+    blocks, stored = bundle.params["dit"]["blocks"], bundle.parts["dit"]
+    for layer in range(2):
+        for path, key in (("fc1", "ffn.0"), ("fc2", "ffn.2")):
+            wanted = own[f"blocks.{layer}.{key}.weight"].astype(np.float32).T
+            np.testing.assert_array_equal(blocks["ffn"][path]["kernel"][layer], wanted)
+            one = stored.layer(f"blocks/ffn/{path}/kernel", layer)
+            assert one.dtype == stored[f"blocks/ffn/{path}/kernel"].dtype == np.float32
+            np.testing.assert_array_equal(one, wanted)
+        wanted = own[f"blocks.{layer}.norm3.weight"].astype(np.float32)
+        np.testing.assert_array_equal(blocks["norm3"]["scale"][layer], wanted)
+
+
+def test_what_is_left_out_is_told(tmp_path):
+    write(draw(tiny("wan2.1-t2v-1.3b.official")[0]), tmp_path, "dit", "file")
+    write(draw(tiny("wan2.1-vae.official")[0]), tmp_path, "vae", "pth")
+    write({"a.weight": np.zeros((2, 2), np.float32)}, tmp_path, "of_something_else", "file")
+    (said,) = lvjax.load(tmp_path).notices
+    assert said.startswith("left out: ") and "of_something_else" in said
 
 
 def test_damage_is_not_left_out(pair, tmp_path, capsys):

@@ -174,3 +174,32 @@ def test_what_it_computes_must_be_finite(tmp_path, capsys):
     src = write(own, tmp_path / "src", *usual(name))
     assert convert(src, tmp_path / "dst", "--verify") == 3
     assert "what it computes is not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("noted", [[1.0, 2.0], ["a"] * 16, "x", {}])
+def test_a_fingerprint_that_is_none(tmp_path, noted, capsys):
+    """In a report that somebody has changed: one line, and no traceback."""
+    name = "wan2.1-vae.official"
+    src = write(draw(tiny(name)[0]), tmp_path / "src", *usual(name))
+    assert convert(src, tmp_path / "dst") == 0
+    report = tmp_path / "dst" / "vae.report.json"
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"fingerprint": noted}))
+    capsys.readouterr()
+    assert convert(src, tmp_path / "dst", "--verify") == 3
+    err = capsys.readouterr().err
+    assert "fingerprint" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("lost", ["naming", "parameters", "config", "used"])
+def test_a_report_that_lacks_something_is_written_again(tmp_path, lost):
+    name = "wan2.1-vae.official"
+    src = write(draw(tiny(name)[0]), tmp_path / "src", *usual(name))
+    assert convert(src, tmp_path / "dst", "--verify") == 0
+    report = tmp_path / "dst" / "vae.report.json"
+    good = json.loads(report.read_text())
+    bad = json.loads(report.read_text())
+    del (bad["source"] if lost == "used" else bad)[lost]
+    report.write_text(json.dumps(bad))
+    before = (tmp_path / "dst" / "vae.safetensors").stat().st_mtime_ns
+    assert convert(src, tmp_path / "dst") == 0 and json.loads(report.read_text()) == good
+    assert (tmp_path / "dst" / "vae.safetensors").stat().st_mtime_ns == before

@@ -4,6 +4,7 @@ diffusers reads the same; `lvjax convert --base`.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,11 @@ import torch
 from diffusers.loaders import lora_conversion_utils as theirs
 from safetensors.numpy import load_file
 
+import lvjax
 from checkpoints_convert.export_lora import lora_arrays, write_lora
 from checkpoints_convert.keys_dit import dit_rules
 from checkpoints_convert.lora import read_lora
-from checkpoints_convert.lora_file import open_lora
+from checkpoints_convert.lora_file import open_lora, read_parts
 from checkpoints_convert.read import open_tensors
 from checkpoints_convert.rules import sources_of
 from lvjax.cli.main import main
@@ -28,6 +30,9 @@ from lvjax.models.config import DiTConfig
 from lvjax.models.dit import dit_spec
 from lvjax.models.lora import Delta, adapters, as_lora, attach, detach, lora_spec, within
 from lvjax.run.weights import save
+from tests.checkpoints_convert.tiny_checkpoints import draw as draw_published
+from tests.checkpoints_convert.tiny_checkpoints import tiny
+from tests.checkpoints_convert.tiny_checkpoints import write as checkpoint
 from tests.drawn import drawn
 from tests.lora_files import TWO, draw, write_two_experts
 from tests.lora_files import lora_arrays as made_for
@@ -252,3 +257,61 @@ def test_convert_of_two_experts(tmp_path, capsys):
         found, wanted = load_file(tmp_path / "out" / f"{name}.safetensors"), made_for(TWO, seed)
         assert found.keys() == wanted.keys()
         assert all(np.array_equal(found[k], wanted[k]) for k in wanted)
+
+
+@pytest.mark.parametrize(("expert", "part"), [("low", "dit_low"), ("high", "dit")])
+def test_a_lora_of_one_expert_stays_one(tmp_path, capsys, expert, part):
+    base = write_two_experts(tmp_path / "two")
+    both = made_for(TWO, 5, "transformer.") | made_for(TWO, 6, "transformer_2.")
+    given = made_for(TWO, 6, "transformer_2.") if expert == "low" else both
+    src = write(tmp_path / "x.safetensors", given)
+    assert main(["convert", src, str(tmp_path / "out"), "--base", base]) == 0
+    path = tmp_path / "out" / f"x.{expert}.safetensors"
+    assert path.exists() and len(list(path.parent.iterdir())) == 1 + (expert == "high")
+    plain, changed = lvjax.load(base), lvjax.load(base, lora=str(path))
+    (adapter,) = changed.loras
+    assert set(adapter.parts) == {part}
+    for name in ("dit", "dit_low"):
+        same = changed.params[name]["head"] is plain.params[name]["head"]
+        a, b = (b.params[name]["blocks"]["ffn"]["fc1"] for b in (changed, plain))
+        assert (a.keys() == b.keys()) == (name != part), same
+    # again, and who names the other expert is right
+    assert main(["convert", str(path), str(tmp_path / "again"), "--base", base]) == 0
+    assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+    other = {"low": "high", "high": "low"}[expert]
+    (adapter,) = lvjax.load(base, lora=(str(path), 1.0, other)).loras
+    assert set(adapter.parts) == {"dit", "dit_low"} - {part}
+    # a model with one transformer takes none of them
+    with pytest.raises(
+        CheckpointError, match=f"for the {'first' if expert == 'high' else 'second'}"
+    ):
+        read_parts(open_lora(path), TWO, ("dit",))
+    capsys.readouterr()
+    assert main(["info", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert (
+        f"for the {expert}-noise expert" in said and "--lora" in said and "official names" in said
+    )
+
+
+def test_the_base_needs_no_more_than_its_transformer(tmp_path, capsys):
+    base = Path(write_two_experts(tmp_path / "two"))
+    src = write(tmp_path / "x.safetensors", made_for(TWO, 5))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for part in ("dit", "dit_low"):
+        (base / f"{part}.safetensors").rename(alone / f"{part}.safetensors")
+    for given in (alone, alone / "dit.safetensors"):
+        assert (
+            main(["convert", src, str(tmp_path / "out"), "--base", str(given), "--overwrite"]) == 0
+        )
+        assert [p.name for p in (tmp_path / "out").iterdir()] == ["x.safetensors"]
+    published = checkpoint(draw_published(tiny("wan2.1-t2v-1.3b.official")[0]), tmp_path / "p", "d",
+                           "file")  # fmt: skip
+    capsys.readouterr()
+    for given in (published, published.parent):
+        assert main(["convert", src, str(tmp_path / "no"), "--base", str(given)]) == 3
+        assert "use a LoRA of this size" in capsys.readouterr().err
+    for given, says in ((base, "has no transformer"), (tmp_path / "none", "no model")):
+        assert main(["convert", src, str(tmp_path / "no"), "--base", str(given)]) == 3
+        assert says in capsys.readouterr().err

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save, save_file
 
 from checkpoints_convert.lora import METADATA
@@ -81,3 +82,42 @@ def test_settings_that_are_damaged(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(CheckpointError, match="adapter_config.json is damaged"):
         open_lora(path)
+
+
+def test_several_sets_in_one_file(tmp_path):
+    """As trainings leave them: the LoRA is meant, not what lies with it; options that LoRAs do not
+    have are not named.
+    """
+    sets = {
+        name: {"blocks.0.self_attn.q.lora_A.weight": torch.full((2, 3), float(i))}
+        for i, name in enumerate(
+            ("generator_ema", "generator_ema_lora", "generator_lora", "critic")
+        )
+    }
+    path = tmp_path / "a.pt"
+
+    def chosen(*names):
+        torch.save({name: sets[name] for name in names}, path)
+        return open_lora(path).tensors.chosen
+
+    assert chosen(*sets) == "generator_lora"
+    assert chosen("generator_ema", "generator_ema_lora", "critic") == "generator_ema_lora"
+    assert chosen("generator_ema", "critic") == "generator_ema"
+    assert open_tensors(path).chosen == "generator_ema"
+    chosen(*sets)
+    assert open_tensors(path).chosen == "generator_ema"  # of a model
+    torch.save({"critic": sets["critic"], "other": sets["critic"]}, path)
+    with pytest.raises(CheckpointError, match="holds several sets of weights") as e:
+        open_lora(path)
+    assert "--" not in str(e.value)
+
+
+def test_an_entry_of_lvjax_that_is_damaged(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for said, expert in (('{"kind": "lora", "expert": "low"}', "low"), ('{"expert": "low"}', None),
+                         ('{"kind": "lora", "expert": "mid"}', None), ("[1]", None)):  # fmt: skip
+        save_file(ARRAYS, path, metadata={"meta": said})
+        assert open_lora(path).expert == expert
+    save_file(ARRAYS, path, metadata={"meta": "{"})
+    with pytest.raises(CheckpointError, match="its entry 'meta' is damaged"):
+        assert open_lora(path).expert

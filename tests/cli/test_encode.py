@@ -141,7 +141,8 @@ def test_embeddings_of_another_model_are_refused(model, text_only, tmp_path, cap
     command = ["generate", "--model", model, "--prompt", PROMPT, "--embeddings", str(out)]
     assert main([*command, "--frames", "5", "--quiet", "--out", str(tmp_path / "a.mp4")]) == 3
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "32], the model takes [tokens, 16]" in said
+    assert said.count("\n") == 1 and "32] for the prompt 'A red" in said
+    assert "the model takes [tokens, 16]" in said
     assert not (tmp_path / "a.mp4").exists()
 
 
@@ -161,6 +162,15 @@ def test_what_is_there_is_kept(text_only, tmp_path, capsys, monkeypatch):
     weights.write_bytes(b"somebody's weights")
     assert "no prompts of ours" in fails(capsys, 2, text_only, weights, *own, "--overwrite")
     assert weights.read_bytes() == b"somebody's weights"
+
+
+def test_empty_names_and_those_of_several_lines(text_only, tmp_path, capsys):
+    out, own = tmp_path / "a\nb.safetensors", ("--prompt", PROMPT)
+    for option in ("--model", "--out", "--prompt-file"):
+        assert f"{option} is empty" in fails(capsys, 2, text_only, out, *own, option, "")
+    assert not list(tmp_path.iterdir()) and encode(text_only, out, *own) == 0
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.endswith("/a\\nb.safetensors\n")
 
 
 def test_what_cannot_be_encoded(wan, text_only, no_text, tmp_path, model, capsys):

@@ -86,6 +86,32 @@ def test_continue_a_video(model, tmp_path):
     assert made.shape[0] == 25 and given.shape[0] == 5 and last < first
 
 
+NAMES = ("--model", "--embeddings", "--lora", "--image", "--last-image", "--video", "--config",
+         "--out", "--timeline", "--prompt-file")  # fmt: skip
+
+
+@pytest.mark.parametrize("option", NAMES)
+def test_an_empty_name_is_not_the_current_folder(model, tmp_path, option, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert generate(model, tmp_path / "a.mp4", *PROMPTS, "--frames", "5", option, "") == 2
+    assert capsys.readouterr().err.startswith(f"lvjax: {option} is empty; give the name of")
+    assert main(["generate", "--resume", "--out", "a.mp4", option, ""]) == 2
+    assert f"{option} is empty" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_config_may_name_no_empty_file(tmp_path, capsys):
+    (tmp_path / "c.py").write_text("def get_config():\n    return dict(prompt='a', image='')\n")
+    assert main(["generate", "--config", str(tmp_path / "c.py")]) == 2
+    assert "--image is empty" in capsys.readouterr().err
+
+
+def test_a_name_of_several_lines_is_told_in_one(model, tmp_path, capsys):
+    out = tmp_path / "a\nb.mp4"
+    for more in ((), ("--resume",)):
+        assert generate(model, out, *PROMPTS[:2], "--frames", "5", *more) == 0
+        assert f"{tmp_path}/a\\nb.mp4" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("option", ["--image", "--video", "--size", "--timeline", "--prompt-file"])
 def test_an_empty_value_is_not_ignored(model, tmp_path, option, capsys):
     prompts = () if option in ("--timeline", "--prompt-file") else PROMPTS

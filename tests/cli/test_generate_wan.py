@@ -75,10 +75,10 @@ def test_every_way_to_start(models, media, tmp_path, start):
 @pytest.mark.parametrize(
     ("family", "options", "says"),
     [
-        ("i2v", (), "makes videos of a picture; give one with --image"),
-        ("flf2v", ("--image", "first.png"), "give --last-image too"),
-        ("t2v", ("--last-image", "last.png"), "takes no last picture"),
-        ("i2v", ("--image", "first.png", "--last-image", "last.png"), "takes no last picture"),
+        ("i2v", (), "makes videos of a picture; give the first image"),
+        ("flf2v", ("--image", "first.png"), "give the last image too"),
+        ("t2v", ("--last-image", "last.png"), "takes no last image"),
+        ("i2v", ("--image", "first.png", "--last-image", "last.png"), "takes no last image"),
         ("t2v", ("--strength", "0.5"), "strength is given without a video"),
         ("t2v", ("--video", "video.mp4", "--strength", "1.5"), "strength is 1.5"),
         ("t2v", ("--image", "first.png"), "takes no picture; leave it out"),
@@ -123,5 +123,5 @@ def test_python_takes_the_same(models, media):
     c = lvjax.generate(bundle, PROMPT[1], image=picture, guidance_scale_2=1.0, **options)
     np.testing.assert_array_equal(a.frames, b.frames)
     assert (a.frames != c.frames).any()
-    with pytest.raises(InputError, match="give one with --image"):
+    with pytest.raises(InputError, match="give the first image"):
         lvjax.generate(bundle, PROMPT[1], **options)

@@ -106,7 +106,8 @@ def test_a_whole_model(folders, family, unread, capsys):
         assert text.startswith(f"{parameters / 1e6:.1f} M parameters: ")
         assert f"; {arrays} float32, " in text
         assert text.endswith(f"; {arrays} of {arrays} arrays have their place")
-    assert set(said) == {parts[n] for n in sizes} | {"model", "tokenizer", "settings", "use"}
+    wanted = {parts[n] for n in sizes} | {"model", "tokenizer", "settings", "use"}
+    assert set(said) == wanted | ({"preset"} if family == "i2v" else set())
     name, shared = re.match(r"(\S+): (.*) naming", said["model"]).groups()
     assert name in PRESETS and shared == "diffusers + transformers"
     assert said["tokenizer"] == "tokenizer/tokenizer.json"
@@ -171,6 +172,32 @@ def test_what_was_converted(folders, tmp_path, monkeypatch, capsys):
     assert part["arrays"] == told(capsys, tmp_path / "a" / "dit_low.safetensors")["arrays"]
     text = told(capsys, tmp_path / "t")
     assert text["missing"].startswith("dit and vae") and "lvjax encode" in text["use"]
+
+
+@pytest.mark.parametrize("gone", ["dit", "dit_low"])
+def test_one_expert_of_two(folders, tmp_path, gone, capsys):
+    """Nothing is made with it before the other one is there."""
+    source = folders["i2v-a14b"][0]
+    assert main(["convert", str(source), str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert "generate" in told(capsys, tmp_path)["use"]
+    (tmp_path / f"{gone}.safetensors").unlink()
+    said = told(capsys, tmp_path)
+    assert said["missing"] == f"{gone}, to make videos with it" and "generate" not in said["use"]
+    part = next(name for name in ("dit", "dit_low") if name != gone)
+    only = tmp_path / f"{part}.safetensors"
+    for path in sorted(tmp_path.iterdir()):
+        if path not in (only, tmp_path / "vae.safetensors"):
+            path.unlink()
+    said = told(capsys, tmp_path)
+    assert said["missing"].startswith(gone) and "use" not in said
+
+
+def test_an_expert_by_its_name(tmp_path, unread, capsys):
+    expert, _ = manifest("wan2.2-i2v-a14b.official")
+    path = sparse(tmp_path / "low_noise_model" / "x.safetensors", expert, "BF16")
+    for given in (path, path.parent):
+        assert told(capsys, given)["part"].startswith("dit_low: ")
 
 
 def test_a_pocket_like_model(model, unread, capsys):
@@ -243,6 +270,11 @@ def test_a_lora_of_a_small_model(tmp_path, capsys):
     save_file(arrays, tmp_path / "x.safetensors")
     said = told(capsys, tmp_path / "x.safetensors")
     assert "rank 2 beside" in said["lora"] and "32 wide, 2 layers or" in said["model"]
+
+
+def test_an_empty_name_is_not_the_current_folder(capsys):
+    assert main(["info", ""]) == 2
+    assert capsys.readouterr().err.startswith("lvjax: CHECKPOINT is empty; ")
 
 
 def test_embeddings_and_other_arrays(tmp_path, unread, capsys):
@@ -325,7 +357,9 @@ def test_a_converted_part_that_is_another(folders, tmp_path, capsys):
     assert main(["info", str(tmp_path)]) == 3
     printed = capsys.readouterr()
     assert "41 of 42 arrays have their place" in printed.out and "generate" not in printed.out
-    assert printed.err.count("\n") == 1 and "head/linear/bias is (63,), expected is" in printed.err
+    assert (
+        printed.err.count("\n") == 1 and "head/linear/bias has shape (63,), expected" in printed.err
+    )
     path.write_bytes(path.read_bytes()[:-9])
     assert "not a readable lvjax file" in fails(capsys, path)
 

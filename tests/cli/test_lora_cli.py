@@ -132,7 +132,7 @@ def test_resume_goes_on_with_the_same_or_not_at_all(model, files, tmp_path, caps
         [*SHORT, "--lora", f"{path}=0.75"],
         ["--lora", f"{path}=0.75"],
         ["--lora", f"{files}/b.safetensors=0.5"],
-        ["--lora", f"{path}=0.5", "--merge-lora"],
+        [*SHORT, "--lora", f"{path}=0.5", "--merge-lora"],
         ["--lora", f"{path}=0.5", "--lora", f"{files}/b.safetensors"],
         list(SHORT),
     )
@@ -149,6 +149,27 @@ def test_resume_goes_on_with_the_same_or_not_at_all(model, files, tmp_path, caps
     assert {p: p.read_bytes() for p in tmp_path.glob("cut.mp4*")} == before
     assert main([*bare, "--lora", f"{moved}=0.5"]) == 0
     assert digest(out) == digest(tmp_path / "whole.mp4")
+
+
+def test_merged_is_no_place(model, files, tmp_path, capsys):
+    """A LoRA that has moved stays merged; --merge-lora is a setting, and needs a LoRA."""
+    path, moved = tmp_path / "a.safetensors", tmp_path / "moved.safetensors"
+    shutil.copy(files / "a.safetensors", path)
+    args = (*SHORT, "--lora", f"{path}=0.5", "--merge-lora", "--quiet")
+    out = tmp_path / "cut.mp4"
+    interrupted(model, out, 1, *args)
+    path.rename(moved)
+    bare = ["generate", "--resume", "--out", str(out), "--quiet"]
+    lora = ["--lora", f"{moved}=0.5"]
+    capsys.readouterr()
+    assert main([*bare, "--merge-lora"]) == 2
+    assert "no LoRA is given to be merged" in error(capsys)
+    assert main([*bare, *lora, "--merge-lora"]) == 2
+    assert "must be all those of the run" in error(capsys)
+    assert main([*bare, *lora]) == 0
+    assert generate(model, tmp_path / "new.mp4", *SHORT, "--merge-lora") == 2
+    assert "no LoRA is given to be merged" in error(capsys)
+    assert not list(tmp_path.glob("new*"))
 
 
 def test_a_run_without_any_is_not_resumed_with_one(model, files, tmp_path, capsys):
@@ -228,7 +249,8 @@ def bad(folder):
         ("width.safetensors=strong", 2, "the strength is 'strong'"),
         ("width.safetensors=nan", 2, "the strength is 'nan'"),
         ("high:width.safetensors", 2, "the model has one transformer"),
-        ("", 2, "has no path"),
+        ("width.safetensors=1_0", 2, "the strength is '1_0'"),
+        ("", 2, "--lora is empty"),
     ),
 )
 def test_what_cannot_be_used_is_one_line(model, tmp_path, monkeypatch, capsys, lora, code, says):
@@ -250,6 +272,7 @@ def test_what_cannot_be_used_is_one_line(model, tmp_path, monkeypatch, capsys, l
         {"lora": [{"path": "a", "sha256": "0", "strength": "1", "expert": None}]},
         {"lora": [{"path": "a", "sha256": "0", "strength": 1, "expert": "mid"}]},
         {"lora": [{"path": "a", "sha256": 0, "strength": 1, "expert": None}]},
+        {"lora": [{"path": "a", "sha256": "0", "strength": 10**400, "expert": None}]},
         {"lora": [{"path": "a\0", "sha256": "0", "strength": 1, "expert": None}]},
         {"merge_lora": "yes"},
     ),

@@ -163,6 +163,12 @@ def test_a_replay_that_cannot_fit_is_refused_before_it_starts(card, tmp_path, ca
                 {"seed": None},
                 {"steps": "few"},
                 {"guidance": "much"},
+                {"guidance": []},
+                {"guidance": [1.0]},
+                {"guidance": [1, 2, 3]},
+                {"guidance": 10**400},
+                {"model": "a\0b"},
+                {"lora": [{"path": "a", "sha256": "0", "strength": 10**400, "expert": None}]},
                 {"negative": 3},
                 {"defaults": {"overlap": 9}},
                 {"defaults": None},
@@ -176,7 +182,18 @@ def test_a_card_that_cannot_be_followed_is_one_line(card, tmp_path, capsys, chan
         change = {"options": card["options"] | change["options"]}
     assert replay(card | change, tmp_path) == 3
     err = capsys.readouterr().err.strip()
-    assert len(err.splitlines()) == 1 and "unexpected" not in err and "card" in err
+    assert len(err.splitlines()) == 1 and "unexpected" not in err
+    assert "card" in err or "give 'pocket' or a folder" in err
+
+
+@pytest.mark.parametrize("option", ["--model", "--lora", "--embeddings", "--out", "VIDEO"])
+def test_an_empty_name_is_not_the_current_folder(card, tmp_path, capsys, option):
+    path = tmp_path / "x.mp4.json"
+    path.write_text(json.dumps(card))
+    given = [""] if option == "VIDEO" else [str(path), option, ""]
+    assert main(["replay", *given]) == 2
+    assert capsys.readouterr().err.startswith(f"lvjax: {option} is empty; give the name of")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("part", ["format", "options", "weights", "inputs", "versions"])

@@ -183,6 +183,9 @@ def test_a_run_without_its_card_goes_on(model, tmp_path):
         {"offsets": 7},
         {"card": {"options": {"frames": 18}}},
         {"card": {"options": {"steps": 0}}},
+        {"card": {"options": {"guidance": []}}},
+        {"card": {"options": {"guidance": [1.0, 2.0, 3.0]}}},
+        {"card": {"options": {"model": "a\0b"}}},
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lvjax.core.errors import CheckpointError
-from lvjax.core.orbax_layout import FORMAT, ORBAX, OWN, open_folder, piece_file
+from lvjax.core.orbax_layout import FORMAT, OWN, open_folder, piece_file
 from lvjax.core.params import flatten, unflatten
 from lvjax.core.streaming import Kind, write_stream
 
@@ -121,7 +121,7 @@ def signed(body: dict) -> bytes:
 
 
 def test_damage_beside_the_arrays_is_named(folder):
-    for name in (OWN, *ORBAX, "table/.zarray"):
+    for name in (OWN, "_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt", "table/.zarray"):
         data = (folder / name).read_bytes()
         for bad in (data[:-2], data[:-1] + b"x", b"", b"{}", b"\xff" * 40, None):
             (folder / name).unlink() if bad is None else (folder / name).write_bytes(bad)

@@ -253,3 +253,20 @@ def test_texts_that_are_none(folder):
             tokenize(tokenizer, wrong)
     with pytest.raises(InputError, match="length 0"):
         tokenize(tokenizer, ["a"], 0)
+
+
+DAMAGED = {
+    "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"},  # the library panics
+    "model": {"type": "Unigram", "unk_id": None, "vocab": [["<pad>", 0.0], ["</s>", 0.0]]},
+}
+
+
+@pytest.mark.parametrize("part", DAMAGED)
+def test_what_the_library_cannot_stand_is_one_line(folder, tmp_path, capfd, part):
+    text = json.loads((folder / "tokenizer.json").read_text())
+    text[part] = DAMAGED[part]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.raises(CheckpointError, match="damaged") as e:
+        tokenize(load_tokenizer(tmp_path), ["a red circle\u2460"])
+    assert "\n" not in str(e.value) and "download it again" in str(e.value)
+    assert capfd.readouterr().err == ""

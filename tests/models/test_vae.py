@@ -185,12 +185,6 @@ def test_other_topologies(mult, down):
     assert jax.eval_shape(partial(vae.decode, cfg=cfg), params, z).shape == video.shape
 
 
-@both
-def test_one_tile_is_no_tiling(cfg, latents):
-    tiled = vae.decode_tiled(params(cfg), latents[:, :1], cfg, tile=3, overlap=0)
-    assert close(tiled, jnp.clip(decode_start(params(cfg), latents[:, 0], cfg)[1], -1, 1))
-
-
 def test_a_single_frame_starts_from_zeros_in_time():
     """Every other channel of a shortcut that halves time is the mean over a frame of zeros."""
     folded = vae_blocks.average_down(jnp.ones((1, 1, 4, 4, 3)), True, 6, (2, 2, 2))
@@ -224,5 +218,3 @@ def test_errors(video, latents):
         vae.decode(p, latents[..., :3], CFG)
     with pytest.raises(InputError, match=re.escape("piece=0; give a number")):
         vae.decode(p, latents, CFG, piece=0)
-    with pytest.raises(InputError, match="overlap must be less than the tile"):
-        vae.decode_tiled(p, latents, CFG, tile=2, overlap=2)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 from einops import rearrange
 
 from checkpoints_convert.keys_dit import dit_rules
@@ -23,6 +22,8 @@ from lvjax.models.config import DiTConfig
 from lvjax.models.dit import dit, dit_spec, embed_context
 from lvjax.nn import rope
 from tests.checkpoints_convert.in_memory import convert
+from tests.parity.dit_oracle import transformer
+from tests.redrawn import arrays
 from tests.tiny import relative
 
 TOLERANCE = 5e-6
@@ -39,51 +40,11 @@ VARIANTS = {
 FRAMES, HEIGHT, WIDTH = 3, 6, 8  # 36 tokens after the patch
 
 
-class Sinusoid(torch.nn.Module):
-    """The timestep features in float64, as the official model computes them; diffusers' are
-    float32.
-    """
-
-    def __init__(self, dim: int = 256):
-        super().__init__()
-        self.half = dim // 2
-
-    def forward(self, t):
-        exponent = torch.arange(self.half, dtype=torch.float64) / self.half
-        angle = t.double()[:, None] * 10000.0**-exponent
-        return torch.cat([angle.cos(), angle.sin()], -1).float()
-
-
 @cache
 def oracle(name):
     """diffusers' model with random parameters that all matter, and its arrays by name."""
-    cfg = VARIANTS[name]
-    model = WanTransformer3DModel(
-        num_attention_heads=cfg.num_heads,
-        attention_head_dim=cfg.head_dim,
-        in_channels=cfg.in_channels + cfg.condition_channels,
-        out_channels=cfg.out_channels,
-        text_dim=cfg.text_dim,
-        ffn_dim=cfg.ffn_dim,
-        num_layers=cfg.num_layers,
-        image_dim=cfg.image_dim,
-        added_kv_proj_dim=None if cfg.image_dim is None else cfg.dim,
-        pos_embed_seq_len=cfg.image_pos_len or None,
-    ).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if "table" in key or "pos_embed" in key:
-                p.copy_(0.5 * noise)
-            elif key.endswith("bias"):
-                p.copy_(0.3 * noise)
-            elif p.ndim == 1:
-                p.copy_(1 + 0.3 * noise)
-            else:
-                p.copy_(noise / p[0].numel() ** 0.5)
-    model.condition_embedder.timesteps_proj = Sinusoid()
-    return model, {key: p.detach().numpy() for key, p in model.named_parameters()}
+    model = transformer(VARIANTS[name])
+    return model, arrays(model)
 
 
 def draw(*shape, seed):

@@ -24,6 +24,7 @@ from lvjax.models import image_encoder
 from lvjax.models.image_encoder import ImageEncoderConfig, encode_image, image_encoder_spec
 from lvjax.nn.norm import layer_norm
 from tests.checkpoints_convert.in_memory import convert
+from tests.redrawn import arrays, redrawn
 from tests.tiny import relative
 
 TOLERANCE = 5e-6
@@ -45,24 +46,13 @@ def oracle():
         patch_size=CFG.patch,
         hidden_act="gelu",
     )
-    model = CLIPVisionModelWithProjection(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if "embedding" in key:  # so small that the first norm's epsilon shows
-                p.copy_(0.005 * noise)
-            elif key.endswith("bias"):
-                p.copy_(0.3 * noise)
-            elif p.ndim == 1:
-                p.copy_(1 + 0.3 * noise)
-            elif "fc2" in key:  # so large that the form of GELU shows
-                p.copy_(4 * noise / p[0].numel() ** 0.5)
-            else:
-                p.copy_(noise / p[0].numel() ** 0.5)
-    arrays = {key: p.detach().numpy() for key, p in model.named_parameters()}
+    special = {
+        "embedding": lambda noise, _: 0.005 * noise,  # so small that the first norm's epsilon shows
+        "fc2.weight": lambda noise, fan: 4 * fan * noise,  # so large that the form of GELU shows
+    }
+    model = redrawn(CLIPVisionModelWithProjection(config), special)
     return model, {
-        key if "vis" in key[:5] else f"vision_model.{key}": a for key, a in arrays.items()
+        key if "vis" in key[:5] else f"vision_model.{key}": a for key, a in arrays(model).items()
     }
 
 

@@ -22,6 +22,7 @@ from lvjax.core.params import abstract, count
 from lvjax.models import umt5
 from lvjax.models.umt5 import UMT5Config, bucket, encode_text, umt5_spec
 from tests.checkpoints_convert.in_memory import convert
+from tests.redrawn import arrays, redrawn
 from tests.tiny import relative
 
 TOLERANCE = 5e-6
@@ -44,22 +45,14 @@ def oracle():
         num_layers=CFG.num_layers,
         feed_forward_proj="gated-gelu",
     )
-    model = UMT5EncoderModel(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if key == "shared.weight":
-                p.copy_(0.005 * noise)  # so small that the norm's epsilon shows
-            elif "relative_attention_bias" in key:
-                p.copy_(noise)
-            elif p.ndim == 1:
-                p.copy_(1 + 0.3 * noise)
-            elif ".q." in key:  # nothing scales the scores: the weights must
-                p.copy_(noise / (CFG.dim * CFG.head_dim) ** 0.5)
-            else:
-                p.copy_(noise / p[0].numel() ** 0.5)
-    return model, {key: p.detach().numpy() for key, p in model.named_parameters()}
+    special = {
+        "shared.weight": lambda noise, _: 0.005 * noise,  # so small that the norm's epsilon shows
+        "relative_attention_bias": lambda noise, _: noise,
+        # nothing scales the scores: the weights must
+        ".q.": lambda noise, _: noise / (CFG.dim * CFG.head_dim) ** 0.5,
+    }
+    model = redrawn(UMT5EncoderModel(config), special)
+    return model, arrays(model)
 
 
 @cache

@@ -28,7 +28,6 @@ from tests.parity.vae_oracle import (
     official_name,
     parameters,
     posterior,
-    reference,
     stream_differences,
     torch_decode,
 )
@@ -59,19 +58,6 @@ def test_moments():
     ours = compiled("encode_moments", POCKET)(parameters(POCKET), video)
     for a, b in zip(ours, posterior(POCKET, video), strict=True):
         assert difference(a, b) <= TOLERANCE
-
-
-def test_tiled_decode():
-    """Tiles of 4 latent pixels, 1 of them overlap, over a picture that leaves smaller tiles."""
-    model, latents = reference(POCKET), draw_latents(POCKET, 1, 6, 7)
-    model.enable_tiling(32, 32, 24, 24)
-    try:
-        expected = torch_decode(POCKET, latents)
-    finally:
-        model.use_tiling = False
-    tiled = vae.decode_tiled(parameters(POCKET), latents, POCKET, tile=4, overlap=1)
-    assert difference(tiled, expected) <= TOLERANCE
-    assert difference(torch_decode(POCKET, latents), expected) > NOTICED
 
 
 def swap_halves(params, monkeypatch):

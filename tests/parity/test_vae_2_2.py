@@ -30,7 +30,6 @@ from tests.parity.vae_oracle import (
     draw_video,
     official_name,
     parameters,
-    reference,
     stream_differences,
     torch_decode,
     torch_encode,
@@ -75,19 +74,6 @@ def test_shortcuts(n_in, n_out, cell, first):
     assert difference(ours, channels_last(small)) <= TOLERANCE
     ours = vae_blocks.repeat_up(channels_last(small), first, n_in, cell)
     np.testing.assert_array_equal(ours, channels_last(up(small, first)))
-
-
-def test_tiled_decode():
-    """Two tiles of 4 latent pixels, 1 of them overlap; diffusers counts them in pixels."""
-    model, latents = reference(SMALL), draw_latents(SMALL, 1, 3, 5)
-    model.enable_tiling(64, 64, 48, 48)
-    try:
-        expected = torch_decode(SMALL, latents)
-    finally:
-        model.use_tiling = False
-    tiled = vae.decode_tiled(parameters(SMALL), latents, SMALL, tile=4, overlap=1)
-    assert difference(tiled, expected) <= TOLERANCE
-    assert difference(torch_decode(SMALL, latents), expected) > NOTICED
 
 
 def shortcuts(kind, change):

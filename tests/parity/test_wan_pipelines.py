@@ -20,7 +20,6 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
-    WanTransformer3DModel,
     WanVideoToVideoPipeline,
 )
 from diffusers.pipelines.wan import pipeline_wan_video2video
@@ -36,8 +35,9 @@ from lvjax.rollout import condition as condition_module
 from lvjax.rollout.clipwise import clip_noise
 from lvjax.rollout.condition import condition, frame_mask, pin
 from tests.checkpoints_convert.in_memory import convert
-from tests.parity.test_dit import Sinusoid
+from tests.parity import dit_oracle
 from tests.parity.vae_oracle import channels_last, parameters, reference
+from tests.redrawn import arrays
 from tests.tiny import relative
 
 wan_module = importlib.import_module("lvjax.methods.wan")  # in the package it is the function
@@ -123,38 +123,11 @@ def inputs(name):
     }
 
 
-def redrawn(model, seed):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if "table" in name or "pos_embed" in name:
-                p.copy_(0.5 * noise)
-            elif p.ndim == 1:
-                p.copy_(0.3 * noise + (not name.endswith("bias")))
-            else:
-                p.copy_(noise / p[0].numel() ** 0.5)
-    return model.eval()
-
-
 @cache
 def transformer(cfg, seed):
     """diffusers' model, and its parameters as ours."""
-    model = WanTransformer3DModel(
-        num_attention_heads=cfg.num_heads,
-        attention_head_dim=cfg.head_dim,
-        in_channels=cfg.in_channels + cfg.condition_channels,
-        out_channels=cfg.out_channels,
-        text_dim=cfg.text_dim,
-        ffn_dim=cfg.ffn_dim,
-        num_layers=cfg.num_layers,
-        image_dim=cfg.image_dim,
-        added_kv_proj_dim=None if cfg.image_dim is None else cfg.dim,
-        pos_embed_seq_len=cfg.image_pos_len or None,
-    )
-    redrawn(model, seed).condition_embedder.timesteps_proj = Sinusoid()
-    arrays = {name: p.detach().numpy() for name, p in model.named_parameters()}
-    return model, convert(arrays, dit_rules(cfg, "diffusers"), dit_spec(cfg))
+    model = dit_oracle.transformer(cfg, seed)
+    return model, convert(arrays(model), dit_rules(cfg, "diffusers"), dit_spec(cfg))
 
 
 def experts(name):

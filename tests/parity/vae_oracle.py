@@ -13,6 +13,7 @@ from diffusers import AutoencoderKLWan
 from checkpoints_convert.keys_vae import vae_rules
 from lvjax.models import vae
 from tests.checkpoints_convert.in_memory import convert
+from tests.redrawn import redrawn
 from tests.tiny import relative
 
 TOLERANCE = 1e-5
@@ -49,16 +50,7 @@ def build(cfg):
 @cache
 def reference(cfg):
     """diffusers' model, every parameter drawn anew (gains and biases too)."""
-    torch.manual_seed(0)
-    model = build(cfg)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn_like(p)
-            if name.endswith("gamma"):
-                p.copy_(1 + 0.3 * noise)
-            else:
-                p.copy_(0.1 * noise if p.ndim == 1 else noise / p[0].numel() ** 0.5)
-    return model
+    return redrawn(build(cfg), {"bias": lambda noise, _: 0.1 * noise})
 
 
 def arrays(cfg):

@@ -38,6 +38,21 @@ def test_a_model_is_named_so_that_it_is_found_from_anywhere(tmp_path, monkeypatc
     assert cards.model_place("models/a") == str(tmp_path / "models" / "a")
 
 
+def test_a_link_to_itself_names_no_model_but_is_a_place(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    assert cards.model_place(str(tmp_path / "loop")) == str(tmp_path / "loop")
+
+
+NO_NAMES = ("a\0b", "", 5, [], 10**5000, {"a": 1})
+
+
+@pytest.mark.parametrize("name", NO_NAMES, ids=lambda x: type(x).__name__)
+def test_what_is_no_name_of_a_model(name):
+    with pytest.raises(CheckpointError, match="give 'pocket' or a folder with --model") as e:
+        cards.model_place(name)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 200
+
+
 @pytest.mark.parametrize("part", ["options", "weights", "inputs", "versions", "format"])
 def test_every_part_of_a_card_is_needed(card, part):
     assert cards.check_card(card, "a.mp4") == card

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lvjax.core.checkpoint import load_arrays, open_arrays, save_arrays
-from lvjax.core.errors import CheckpointError
+from lvjax.core.errors import CheckpointError, InputError
 from lvjax.data import tokenizer
 from lvjax.run import encoders
 from lvjax.run.bundle import outline
@@ -76,6 +76,34 @@ def test_rows_of_another_width_or_encoder_are_refused(saved, tmp_path):
         load_embeddings(saved, 8, same)
     with pytest.raises(CheckpointError, match="another text encoder"):
         load_embeddings(saved, 8, stored[1])
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (np.full((2, 8), np.nan, np.float32), "not finite"),
+        (np.full((2, 8), np.inf, np.float32), "not finite"),
+        (np.zeros((0, 8), np.float32), r"rows \[0, 8\]"),
+        (np.zeros((2, 7), np.float32), r"rows \[2, 7\]"),
+        (np.zeros((8,), np.float32), r"rows \[8\]"),
+        (np.zeros((1, 2, 8), np.float32), r"rows \[1, 2, 8\]"),
+        (np.zeros((2, 8), np.int32), "rows of int32, not float32,"),
+        (np.zeros((2, 8), np.float64), "rows of float64, not float32,"),
+        (np.zeros((2, 8), np.float16), "rows of float16, not float32,"),
+        (np.zeros((2, 8), bool), "rows of bool, not float32,"),
+    ],
+    ids=str,
+)
+def test_rows_that_no_encoder_writes_are_refused(tmp_path, rows, says):
+    save_embeddings(tmp_path / "p.safetensors", ROWS | {"a\ncow": rows}, "tiny")
+    with pytest.raises(CheckpointError, match=f"{says} for the prompt 'a.ncow', the model") as e:
+        load_embeddings(tmp_path / "p.safetensors", 8)
+    assert "\n" not in str(e.value)
+
+
+def test_a_name_that_cannot_be_is_one_of_our_errors():
+    with pytest.raises(InputError, match="File name too long; give a shorter name"):
+        load_embeddings("x" * 300, 8)
 
 
 def test_the_hash_is_of_the_prompts_that_are_used_and_their_rows(wan):

@@ -12,49 +12,18 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lvjax
-from checkpoints_convert.lora import METADATA
-from checkpoints_convert.lora_file import TRAINER, open_lora
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.core.params import flatten
 from lvjax.models.dit import dit, embed_context
 from lvjax.run import loras as module
-from lvjax.run.adapters import Asked, as_asked, parse
 from lvjax.run.bundle import outline
-from lvjax.run.encoders import load_embeddings
 from lvjax.run.session import _placed, data_mesh
 from lvjax.run.weights import load, save, weight_bytes
-from tests.lora_files import PROMPT, TWO, deltas, draw, lora_arrays, write_lora, write_two_experts
-from tests.tiny import DIT, relative, tiny_bundle
+from tests.lora_files import PROMPT, draw, lora_arrays, write_lora
+from tests.tiny import relative
 
 TOLERANCE = 1e-4
 NOTICED = 1e-2
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A folder with a model and LoRAs; `two` is for a model with two experts."""
-    folder = tmp_path_factory.mktemp("loras")
-    save(folder / "model", tiny_bundle(), dtype="float32")
-    write_two_experts(folder / "two")
-    write_lora(folder / "a.safetensors", lora_arrays() | deltas())
-    write_lora(folder / "b.safetensors", lora_arrays(seed=50))
-    write_lora(folder / "high.safetensors", lora_arrays(TWO, seed=5))
-    write_lora(folder / "low.safetensors", lora_arrays(TWO, seed=6))
-    halves = lora_arrays(TWO, 5, "transformer."), lora_arrays(TWO, 6, "transformer_2.")
-    write_lora(folder / "both.safetensors", halves[0] | halves[1])
-    write_lora(folder / "second.safetensors", halves[1])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def plain(files):
-    return lvjax.load(files / "model")
-
-
-@pytest.fixture(scope="module")
-def two(files):
-    embeddings = load_embeddings(files / "two" / "prompts.safetensors", TWO.text_dim)
-    return dataclasses.replace(lvjax.load(files / "two"), embeddings=embeddings)
 
 
 def latents(bundle):
@@ -206,8 +175,22 @@ def test_several_are_one_after_another(plain, files):
     assert [x.path.name for x in added.loras] == ["a.safetensors", "b.safetensors"]
     merged = lvjax.with_lora(added, [], merge=True)
     assert same(merged.params, lvjax.with_lora(plain, [a, b], merge=True).params)
-    back = lvjax.with_lora(merged, [])  # beside the weights again
+    back = lvjax.with_lora(merged, [], merge=False)  # beside the weights again
     assert same(back.params, together.params) and back.hashes == together.hashes
+
+
+def test_one_more_is_added_as_those_before(plain, files):
+    """Merged to merged ones, and beside those that are beside, unless it is said."""
+    a, b = files / "a.safetensors", files / "b.safetensors"
+    for merge in (False, True):
+        both = lvjax.with_lora(lvjax.with_lora(plain, a, merge), b)
+        wanted = lvjax.with_lora(plain, [a, b], merge)
+        assert both.merged == merge and both.hashes == wanted.hashes
+        assert same(both.params, wanted.params)
+    with pytest.raises(InputError, match="no LoRA is given to be merged"):
+        lvjax.load(files / "model", merge=True)
+    with pytest.raises(InputError, match="merge is 1; give True, False or None"):
+        lvjax.with_lora(plain, a, merge=1)
 
 
 def kinds(params) -> set:
@@ -220,11 +203,11 @@ def kinds(params) -> set:
 def test_weights_that_wait_are_changed_where_they_are(plain, files, merge):
     """Both on the way in and later; with differences, which are never kept beside."""
     asked = [(files / "a.safetensors", 0.5), files / "b.safetensors"]
-    waits = lvjax.load(files / "model", offload=True)
+    waits = lvjax.load(files / "model", offload="layers")
     assert kinds(waits.params) == {"pinned_host"} and kinds(plain.params) == {"device"}
     wanted = lvjax.with_lora(plain, asked, merge)
     changed = lvjax.with_lora(waits, asked, merge)
-    whole = lvjax.load(files / "model", lora=asked, merge=merge, offload=True)
+    whole = lvjax.load(files / "model", lora=asked, merge=merge, offload="layers")
     for found in (changed, whole):
         assert kinds(found.params) == {"pinned_host"} and same(found.params, wanted.params)
     again = lvjax.without_lora(changed)
@@ -244,114 +227,6 @@ def test_hashes_tell_file_strength_order_expert_and_place(plain, two, files, tmp
     moved = tmp_path / "moved.safetensors"
     moved.write_bytes(a.read_bytes())
     assert lvjax.with_lora(plain, moved).hashes == found[0]
-
-
-def test_which_expert_a_file_is_for(files):
-    sizes = outline(files / "two")
-
-    def parts(name, *more):
-        (adapter,) = lvjax.with_lora(sizes, (files / f"{name}.safetensors", 1.0, *more)).loras
-        return adapter.parts
-
-    high, low = parts("high")["dit"], parts("low")["dit"]
-
-    def is_lora(found, wanted):
-        pairs = zip(found.low_rank, wanted.low_rank, strict=True)
-        return all(np.array_equal(a.b, b.b) and a[:2] == b[:2] for a, b in pairs)
-
-    assert not is_lora(high, low)
-    assert parts("high").keys() == {"dit", "dit_low"} and is_lora(parts("high")["dit_low"], high)
-    assert parts("high", "high").keys() == {"dit"} and parts("high", "low").keys() == {"dit_low"}
-    both = parts("both")
-    assert is_lora(both["dit"], high) and is_lora(both["dit_low"], low) and len(both) == 2
-    assert is_lora(parts("both", "low")["dit_low"], low) and len(parts("both", "low")) == 1
-    assert is_lora(parts("both", "high")["dit"], high)
-    assert parts("second").keys() == {"dit_low"} and is_lora(parts("second")["dit_low"], low)
-    assert parts("second", "high").keys() == {"dit"}
-
-
-def test_experts_that_a_model_does_not_have(plain, two, files, tmp_path):
-    for bundle, expert in ((plain, "high"), (two, "mid"), (two, ["high"])):
-        with pytest.raises(InputError, match="the expert of a LoRA is"):
-            lvjax.with_lora(bundle, (files / "a.safetensors", 1.0, expert))
-    arrays = lora_arrays(prefix="transformer.") | lora_arrays(prefix="transformer_2.")
-    path = write_lora(tmp_path / "a.safetensors", arrays)
-    with pytest.raises(CheckpointError, match="each of two experts, the model has one"):
-        lvjax.with_lora(plain, path)
-    path = write_lora(tmp_path / "b.safetensors", lora_arrays(prefix="transformer_2."))
-    with pytest.raises(CheckpointError, match="the second of two experts, the model has one"):
-        lvjax.with_lora(plain, path)
-
-
-def peft(prefix="transformer.", dim=DIT.dim):
-    at = f"{prefix}blocks.0.attn1.to_q"
-    return {f"{at}.lora_A.weight": draw(0, 2, dim), f"{at}.lora_B.weight": draw(1, dim, 2)}
-
-
-def scales(path, model="model"):
-    (adapter,) = lvjax.with_lora(outline(path.parents[1] / model), path).loras
-    return {part: lora.low_rank[0].scale for part, lora in adapter.parts.items()}
-
-
-def test_alpha_in_a_header_and_beside_the_file(files):
-    folder = files / "peft"
-    packed = {"transformer.lora_alpha": 8, "transformer.r": 2}
-    headers = {
-        "none": {"format": "pt"},
-        "diffusers": {METADATA: json.dumps(packed)},
-        "trainer": {TRAINER: json.dumps({"rank": 2, "lora_alpha": 6})},
-        "text": {"lora_alpha": "4"},
-    }
-    found = {}
-    for name, header in headers.items():
-        path = folder / f"{name}.safetensors"
-        write_lora(path, peft(), header)
-        found[name] = scales(path)["dit"]
-    assert found == {"none": 1.0, "diffusers": 4.0, "trainer": 3.0, "text": 2.0}
-    before = lvjax.with_lora(outline(files / "model"), folder / "none.safetensors").hashes
-    (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 10, "r": 2}))
-    assert scales(folder / "none.safetensors")["dit"] == 5.0
-    assert scales(folder / "diffusers.safetensors")["dit"] == 4.0  # its own come first
-    after = lvjax.with_lora(outline(files / "model"), folder / "none.safetensors").hashes
-    assert after != before  # the settings are part of what it is
-    assert open_lora(folder / "none.safetensors").files[-1].name == "adapter_config.json"
-
-
-def test_each_half_has_its_own_alpha(files):
-    packed = {"transformer.lora_alpha": 8, "transformer_2.lora_alpha": 2}
-    arrays = peft(dim=TWO.dim) | peft("transformer_2.", TWO.dim)
-    path = files / "halves" / "a.safetensors"
-    write_lora(path, arrays, {METADATA: json.dumps(packed)})
-    assert scales(path, "two") == {"dit": 4.0, "dit_low": 1.0}
-    write_lora(path, arrays, {METADATA: "{"})
-    with pytest.raises(CheckpointError, match=f"{METADATA} is damaged"):
-        scales(path, "two")
-    write_lora(path, arrays, {TRAINER: "[1]"})
-    with pytest.raises(CheckpointError, match=f"{TRAINER} is damaged"):
-        scales(path, "two")
-
-
-def test_a_folder_with_one_file_is_a_lora(plain, tmp_path):
-    write_lora(tmp_path / "style" / "adapter_model.safetensors", peft("base_model.model."))
-    (tmp_path / "style" / "adapter_config.json").write_text('{"lora_alpha": 4, "r": 2}')
-    (adapter,) = lvjax.with_lora(plain, tmp_path / "style").loras
-    assert adapter.parts["dit"].low_rank[0].scale == 2.0
-    assert adapter.path == tmp_path / "style"
-    write_lora(tmp_path / "style" / "other.safetensors", peft())
-    with pytest.raises(CheckpointError, match="holds 2 checkpoints"):
-        lvjax.with_lora(plain, tmp_path / "style")
-
-
-def test_what_has_no_place_is_a_notice(plain, tmp_path):
-    extra = {f"lora_te_{i}.lora_down.weight": draw(i, 2, 3) for i in range(7)}
-    path = write_lora(tmp_path / "x.safetensors", peft() | extra)
-    found = lvjax.with_lora(plain, path)
-    (notice,) = found.notices
-    assert notice.startswith("the LoRA x.safetensors has no place in this model for 7 of its 9")
-    assert "lora_te_0.lora_down.weight" in notice and "2 more" in notice
-    assert notice in lvjax.prepare(found, PROMPT, num_frames=5).notices
-    with pytest.raises(CheckpointError, match="none of its 7 arrays belongs to this model"):
-        lvjax.with_lora(plain, write_lora(tmp_path / "y.safetensors", extra))
 
 
 def test_a_batch_is_spread_over_the_devices(plain, files):
@@ -388,70 +263,6 @@ def test_merged_weights_can_be_saved(plain, files, tmp_path):
         save(tmp_path, beside)
     save(tmp_path, merged, dtype="float32")
     assert same(load(tmp_path).params, merged.params)
-
-
-@pytest.mark.parametrize(
-    "given, asked",
-    (
-        ("a", [("a", 1.0, None)]),
-        (("a", 2), [("a", 2.0, None)]),
-        (["a", ("b", np.float32(0.5), "low")], [("a", 1.0, None), ("b", 0.5, "low")]),
-        ([], []),
-        (None, []),
-    ),
-)
-def test_ways_to_ask(given, asked):
-    found = as_asked(given)
-    assert [(str(a.path), a.strength, a.expert) for a in found] == asked
-    assert all(type(a.strength) is float for a in found)
-
-
-@pytest.mark.parametrize("given", (5, (), "", ("a", 1.0, "low", 2), [["a"]], "a\0b", {"a": 1}))
-def test_what_is_no_way_to_ask(given, plain):
-    with pytest.raises(InputError, match="a LoRA is .*give a path"):
-        lvjax.with_lora(plain, given)
-
-
-@pytest.mark.parametrize("strength", ("1", None, True, float("nan"), float("inf"), [1]))
-def test_strengths_that_are_no_numbers(strength, plain, files):
-    path = files / "a.safetensors"
-    with pytest.raises(InputError, match="the strength of a LoRA is"):
-        lvjax.with_lora(plain, (path, strength))
-    with pytest.raises(InputError, match="the strength of a LoRA is"):
-        lvjax.with_strength(lvjax.with_lora(plain, path), [strength])
-
-
-def test_strengths_one_for_each(plain, files):
-    with pytest.raises(InputError, match="1 strengths are given for 0"):
-        lvjax.with_strength(plain, [1.0])
-    with pytest.raises(InputError, match="2 strengths are given for 1"):
-        lvjax.with_strength(lvjax.with_lora(plain, files / "a.safetensors"), [1.0, 2.0])
-    with pytest.raises(InputError, match="merge is 1; give True or False"):
-        lvjax.with_lora(plain, files / "a.safetensors", merge=1)
-
-
-def test_the_command_line_writes_a_strength_and_an_expert(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a=b").write_text("")
-    wanted = {
-        "x.safetensors": ("x.safetensors", 1.0, None),
-        "x=0.8": ("x", 0.8, None),
-        "x=-1e-1": ("x", -0.1, None),
-        "high:x": ("x", 1.0, "high"),
-        "low:/y/x=2": ("/y/x", 2.0, "low"),
-        "./high:x": ("./high:x", 1.0, None),
-        "a=b": ("a=b", 1.0, None),
-        "a=b=0.5": ("a=b", 0.5, None),
-        "mid:x": ("mid:x", 1.0, None),
-    }
-    for text, (path, *rest) in wanted.items():
-        assert parse(text) == Asked(module.Path(path), *rest)
-    for text in ("x=", "x=strong", "x=nan", "x=0.8,0.9", "c=d"):
-        with pytest.raises(InputError, match="the strength is"):
-            parse(text)
-    for text in ("", "high:", "=1", "a\0"):
-        with pytest.raises(InputError, match="has no path"):
-            parse(text)
 
 
 def experts_change_places(monkeypatch):

@@ -157,7 +157,7 @@ def test_a_refusal_names_a_setting_that_fits(pocket, work, monkeypatch, tmp_path
     monkeypatch.setattr(plans, "host_memory", lambda: int(needs) - 1)
     with pytest.raises(DoesNotFitError, match="fit") as e:
         plans.check_memory(make_plan(pocket, work), pocket, work)
-    videos, width, height = re.search(r"(\w+) videos? .*--size (\d+)x(\d+)", str(e.value)).groups()
+    videos, width, height = re.search(r"(\w+) videos? .*of (\d+)x(\d+)", str(e.value)).groups()
     batch = 1 if videos == "one" else int(videos)
     fitting = change(work, batch=batch, size=(int(height), int(width)))
     plans.check_memory(make_plan(pocket, fitting), pocket, fitting)

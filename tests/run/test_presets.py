@@ -2,6 +2,7 @@
 """The official settings of each released Wan, the configs that name them, and sizes of pictures."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from lvjax.run.presets import (
     PRESETS,
     SIZES,
     preset_of,
+    presets_of,
     size_notices,
 )
 from lvjax.run.request import Request
@@ -50,7 +52,7 @@ TABLE = {
     "wan2.2-ti2v-5b": (50, 5.0, 5.0, 24, 121, None, (1280, 704)),
 }
 FOUR = {(1280, 720), (720, 1280), (832, 480), (480, 832)}
-TAKEN = dict.fromkeys(MODELS, FOUR) | {
+TAKEN = dict.fromkeys((*MODELS, "wan2.1-i2v-14b-480p"), FOUR) | {
     "wan2.1-t2v-1.3b": {(832, 480), (480, 832)},
     "wan2.2-ti2v-5b": {(1280, 704), (704, 1280)},
 }
@@ -152,7 +154,8 @@ def test_generate_with_a_config(tmp_path, capsys, monkeypatch):
 
 def outline(name, preset=None) -> Bundle:
     vae = WAN_VAE_2_2 if name == "wan2.2-ti2v-5b" else WAN_VAE_2_1
-    return Bundle(name, MODELS[name], vae, None, PRESETS[preset or name], {})
+    parts = dict.fromkeys(("dit", "dit_low") if name.endswith("a14b") else ("dit",))
+    return Bundle(name, MODELS[name], vae, None, PRESETS[preset or name], {}, parts=parts)
 
 
 def notices(name, size, preset=None):
@@ -160,7 +163,7 @@ def notices(name, size, preset=None):
 
 
 def test_sizes_that_a_model_was_not_made_for():
-    for name, sizes in TAKEN.items():
+    for name, sizes in ((name, TAKEN[name]) for name in MODELS):
         for width, height in sizes:
             shift = name == "wan2.1-i2v-14b" and 480 in (width, height)
             said = notices(name, (height, width))
@@ -222,3 +225,37 @@ def test_the_python_face_does_the_same(tmp_path):
 
     assert size() == (32 // 8, 96 // 8)  # 42.7 x 96 at 64 x 64 pixels
     assert size(width=64) == (64 // 8, 64 // 8) and size(height=32, width=48) == (4, 6)
+
+
+@pytest.mark.filterwarnings("ignore")  # of diffusers
+def test_a_preset_is_named_when_a_model_is_converted(tmp_path, capsys):
+    src, dst = wan_folder(tmp_path / "src", "i2v"), tmp_path / "dst"
+    own, other = "wan2.1-i2v-14b", "wan2.1-i2v-14b-480p"
+
+    def convert(*options):
+        capsys.readouterr()
+        return main(["convert", str(src), str(dst), *options])
+
+    def told():
+        assert main(["info", str(dst)]) == 0
+        return capsys.readouterr().out
+
+    assert convert("--preset", "wan2.1-flf2v-14b") == 2
+    assert f"is of another structure; give {own} or {other}" in capsys.readouterr().err
+    assert list(dst.iterdir() if dst.exists() else ()) == []
+    assert convert("--preset", own, "--part", "vae") == 2
+    assert "--preset is for a model with its transformer" in capsys.readouterr().err
+    for options, name in (((), own), (("--preset", other), other), ((), other),
+                          (("--preset", own), own)):  # fmt: skip
+        assert convert(*options) == 0
+        bundle = lvjax.load(dst)
+        assert bundle.name == name and bundle.defaults == PRESETS[name]
+        said = told()
+        assert f"{name}; of this structure is also {other if name == own else own}" in said
+    # what somebody has changed by hand stays
+    model = json.loads((dst / "model.json").read_text())
+    del model["crc32"]
+    model["defaults"]["steps"] = 7
+    (dst / "model.json").write_text(json.dumps(model))
+    assert convert() == 0 and lvjax.load(dst).defaults.steps == 7
+    assert presets_of(MODELS["wan2.1-t2v-14b"], 1) == ("wan2.1-t2v-14b",)

@@ -21,6 +21,7 @@ from lvjax.run.encoders import _pooled
 from lvjax.run.request import check_frames, check_timeline, frame_count
 from lvjax.run.session import _check_finite
 from lvjax.run.weights import load, save
+from tests.lora_files import lora_arrays, write_lora
 from tests.tiny import tiny_bundle
 
 PROMPT = "the camera pans left over a landscape"
@@ -221,6 +222,14 @@ def test_non_finite_frames_are_told_from_non_finite_latents():
     _check_finite(good, good, 7)
     with pytest.raises(NonFiniteError, match=r"frames of clip 7 .* after decoding \(row 1\)"):
         _check_finite(good, bad, 7)
+
+
+def test_loras_are_among_the_remedies_where_there_are_any(bundle, tmp_path):
+    path = write_lora(tmp_path / "a.safetensors", lora_arrays(bundle.dit))
+    with pytest.raises(NonFiniteError, match="try LoRAs of less strength, another seed"):
+        lvjax.generate(lvjax.with_lora(bundle, (path, 1e38)), PROMPT, num_frames=5)
+    with pytest.raises(NonFiniteError, match="try another seed"):
+        _check_finite(*np.full((2, 1, 4), np.nan), 0)
 
 
 def test_bundle_round_trip_and_damage(bundle, tmp_path):

@@ -2,16 +2,23 @@
 """Which bundles can be written as a folder, and the type of the activations of what is loaded."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import lvjax
+from lvjax.cli.main import main
 from lvjax.core.checkpoint import open_arrays, save_arrays
-from lvjax.core.errors import InputError
-from lvjax.models.umt5 import UMT5Config
+from lvjax.core.errors import CheckpointError, InputError
+from lvjax.core.params import flatten
+from lvjax.models.umt5 import UMT5Config, umt5_spec
 from lvjax.run.bundle import outline, typed
+from lvjax.run.text_folder import open_text
 from lvjax.run.weights import load, read_weights, save, stored_hash
+from tests.drawn import drawn
+from tests.lora_files import write_two_experts
 from tests.tiny import tiny_bundle
 
 
@@ -70,3 +77,61 @@ def test_the_hashes_are_of_what_is_in_memory_and_of_an_image_encoder(tmp_path):
     bare = dataclasses.replace(image, slots=bare)
     more = dataclasses.replace(plain, parts={**plain.parts, "image": bare})
     assert read_weights(more).hashes == hashes
+
+
+def _without(name):
+    return lambda arrays: {k: a for k, a in arrays.items() if k != name}
+
+
+def _one_layer(arrays):
+    return {k: a[:1] if k.startswith("blocks/") else a for k, a in arrays.items()}
+
+
+WRONG = {
+    "a layer less": (_one_layer, r"blocks/.* has shape \(1, .*, expected \(2, "),
+    "no norm": (_without("norm"), "norm is missing"),
+    "one more": (lambda arrays: arrays | {"x": arrays["norm"]}, "x is not of this model"),
+    "whole numbers": (
+        lambda arrays: arrays | {"norm": arrays["norm"].astype(np.int32)}, "norm is int32"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_text_encoder_that_is_another_than_it_says(tmp_path, wrong, capsys):
+    """It is read when a prompt is encoded; that it does not fit is told before."""
+    change, says = WRONG[wrong]
+    folder = Path(write_two_experts(tmp_path))
+    cfg = UMT5Config(vocab=40, dim=8, num_heads=2, head_dim=4, ffn_dim=16, num_layers=2)
+    arrays = {k: np.asarray(a) for k, a in flatten(drawn(umt5_spec(cfg), 0)).items()}
+    meta = {"part": "text", "config": dataclasses.asdict(cfg)}
+    save_arrays(folder / "text.safetensors", arrays, meta)
+    assert outline(folder).text == cfg
+    save_arrays(folder / "text.safetensors", change(arrays), meta)
+    for use in (outline, load, open_text):
+        with pytest.raises(CheckpointError, match=says):
+            use(folder)
+    (tmp_path / "alone").mkdir()
+    alone = Path(shutil.copy(folder / "text.safetensors", tmp_path / "alone"))
+    for path in (alone, alone.parent):  # the encoder without the rest of its model
+        with pytest.raises(CheckpointError, match=says):
+            open_text(path)
+    assert (
+        main(
+            [
+                "encode",
+                "--model",
+                str(folder),
+                "--prompt",
+                "a",
+                "--out",
+                str(tmp_path / "p.safetensors"),
+            ]
+        )
+        == 3
+    )
+    err = capsys.readouterr().err
+    assert "text.safetensors: " in err and err.count("\n") == 1
+    assert main(["info", str(folder)]) == 3
+    said = capsys.readouterr()
+    assert said.err == err and "arrays have their place" in said.out
