@@ -33,6 +33,7 @@ BESIDE = {("memory", "nn")}  # the one pair on a floor of which one may use the 
 NUMERIC = {"jax", "flax", "optax", "orbax", "einops", "numpy", "safetensors", "ml_dtypes"}
 FILES = {"av", "PIL"}  # pictures and video
 PACKAGES = {
+    "train": NUMERIC | {"tensorboardX"},
     "data": NUMERIC | {"PIL", "tensorflow_datasets", "tokenizers", "ftfy"},
     "io": NUMERIC | FILES,
     "run": NUMERIC | {"PIL", "checkpoints_convert"},
@@ -77,9 +78,10 @@ def outside(path: Path) -> set[str]:
 
 
 def test_what_is_imported_is_declared():
-    """With the extra for plots, every package that a file of the wheel imports is installed."""
+    """With the extras for plots and logs, what a file of the wheel imports is installed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = project["dependencies"] + project["optional-dependencies"]["plot"]
+    extras = project["optional-dependencies"]
+    needed = project["dependencies"] + extras["plot"] + extras["log"]
     declared = {re.match(r"[\w-]+", d)[0].replace("-", "_") for d in needed}
     own = {"PIL": "pillow", "orbax": "orbax_checkpoint"}
     rest = set().union(*map(outside, (*SOURCES, *CONVERT))) - {"torch", "checkpoints_convert"}

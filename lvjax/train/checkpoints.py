@@ -88,24 +88,29 @@ class Checkpoints:
             raise CheckpointError(f"there is no checkpoint in {self.folder}; train first")
         path = self.folder / str(step)
         remedy = f"remove {path} to go on from the one before it"
-        try:
-            found = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(_abstract(like)), facts=ocp.args.JsonRestore()
-                ),
-            )
-            state, facts = found.state, found.facts
-            sums, position = facts["digests"], facts["position"]
-        except BAD as e:
-            why = str(e).split("\n")[0][:200]
-            raise CheckpointError(
-                f"{path} is damaged or of another model ({type(e).__name__}: {why}); {remedy}"
-            ) from e
+        found = self._read(step, like)
+        if isinstance(found, str):
+            raise CheckpointError(f"{path} is damaged or of another model ({found}); {remedy}")
+        state, sums, position = found
         now = digests(state)
         if wrong := sorted(name for name in now | sums if now.get(name) != sums.get(name)):
             raise CheckpointError(f"{path}: array {wrong[0]!r} is damaged; {remedy}")
         return state, position
+
+    def _read(self, step: int, like) -> tuple | str:
+        """State, checksums and position; or why not, with nothing left of Orbax's attempt."""
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(_abstract(like)), facts=ocp.args.JsonRestore()
+        )
+        try:
+            found = self._manager.restore(step, args=args)
+            return found.state, found.facts["digests"], found.facts["position"]
+        except BAD as e:
+            return f"{type(e).__name__}: {_first_line(e)}"
+
+
+def _first_line(e: Exception) -> str:
+    return str(e).partition("\n")[0][:200]
 
 
 def _abstract(like):
@@ -120,7 +125,7 @@ def _abstract(like):
 
 
 def _full(folder: Path, e: Exception) -> StorageError:
-    why = getattr(e, "strerror", None) or str(e).split("\n")[0][:200]
+    why = getattr(e, "strerror", None) or _first_line(e)
     return StorageError(
         f"cannot save a checkpoint in {folder}: {why}; free space or choose another folder"
     )

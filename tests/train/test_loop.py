@@ -145,6 +145,7 @@ def test_a_foreign_checkpoint_is_refused(tmp_path):
             saved.restore(like)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's tasks
 def test_every_flipped_bit_is_noticed(tmp_path):
     step, state = start()
     state = fit(step, state, Indexed(batches), OPTIONS, tmp_path)
