@@ -17,6 +17,7 @@ from typing import Any
 from lvjax.core.checkpoint import write_atomic
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.lab.recipe import KINDS, Recipe
+from lvjax.run.begun import differences
 from lvjax.train.checkpoints import CHECKPOINTS, is_begun
 
 # of a stage's options; steps have a rule of their own
@@ -33,7 +34,7 @@ def claim(recipe: Recipe, folder) -> None:
     path = folder / "recipe.json"
     if path.exists() and _anything(folder):
         before = _read(path)
-        wrong = [*_differences(_fixed(before), _fixed(now)), *_stages(before, now, folder)]
+        wrong = [*differences(_fixed(before), _fixed(now)), *_stages(before, now, folder)]
         if wrong:
             raise InputError(
                 f"{folder} was begun with another recipe: {wrong[0]}; go on with the one in "
@@ -67,17 +68,6 @@ def _fixed(recipe: dict) -> dict:
     return {k: v for k, v in recipe.items() if k not in (*KINDS, "defaults")}
 
 
-def _differences(was, now, name: str = "") -> Iterator[str]:
-    """ "dit.dim was 256, is 128" for every value that differs; a field that one of the two does
-    not know is of another version, and passes.
-    """
-    if isinstance(was, dict) and isinstance(now, dict):
-        for key in [k for k in was if k in now]:
-            yield from _differences(was[key], now[key], f"{name}.{key}" if name else key)
-    elif was != now:
-        yield f"{name} was {was}, is {now}"
-
-
 def _begun(recipe: dict, kind: str, folder: Path) -> list[dict]:
     return [s for s in recipe[kind] if is_begun(folder / s["name"])]
 
@@ -93,7 +83,7 @@ def _stages(before: dict, now: dict, folder: Path) -> Iterator[str]:
             old_steps, steps = was["options"]["steps"], new["options"]["steps"]
             if steps < old_steps:
                 yield f"{name}.steps was {old_steps}, is {steps} (it may only grow)"
-            yield from _differences(_without_free(was), _without_free(new), name)
+            yield from differences(_without_free(was), _without_free(new), name)
     for name in _longer(before, now, folder):
         if _in_use(before, name, folder):
             yield f"{name} has more steps, but is done and what it gave is in use"
