@@ -3,10 +3,10 @@
 go on from given frames, all parameters.
 
 Run:      lvjax encode --model wan --videos clips --out data
-          lvjax train --config configs/error_free_stage1.py --set model=wan --set data=data --folder runs/stage1
-Expects:  runs/stage1/bundle, a folder for `lvjax generate --model`.
-Source:   arXiv:2606.22370, section on video extension: 0 to 9 given frames, condition dropped in one
-          of ten; the shares of first, last and both ends, and the learning rate, are ours.
+          lvjax train --config error_free_stage1 --set model=wan --set data=data --folder stage1
+Expects:  stage1/bundle, a folder for `lvjax generate --model`.
+Source:   arXiv:2606.22370, section on video extension: 0 to 9 given frames, condition dropped in
+          one of ten; the shares of first, last and both ends, and the learning rate, are ours.
 """
 
 import dataclasses

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inter-clip causal attention after "Towards Error-Free Long Video Generation": the model of stage 1
-learns to remember earlier clips, by adapters on keys and values of the latter half of its layers.
+"""Inter-clip causal attention after "Towards Error-Free Long Video Generation": the model of stage
+1 learns to remember earlier clips, by adapters on keys and values in the latter half of its layers.
 
-Run:      lvjax train --config configs/error_free_stage2.py --set model=runs/stage1/bundle --set data=data --folder runs/stage2
-Expects:  runs/stage2/bundle and runs/stage2/lora.safetensors, for `lvjax generate --model … --lora …`.
+Run:      lvjax train --config error_free_stage2 --set model=stage1/bundle --set data=data
+            --folder stage2   (on one line)
+Expects:  stage2/bundle and stage2/lora.safetensors: lvjax generate --model … --lora …
 Source:   arXiv:2606.22370, section on inter-clip causal attention; rank and learning rate are ours.
 """
 

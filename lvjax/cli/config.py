@@ -142,8 +142,9 @@ def changed(value, fields: dict, changes: list[str]) -> Any:
 
 
 def _cast(hint, value):
-    if dataclasses.is_dataclass(hint) and hasattr(value, "items"):
-        return build(hint, value)
+    kinds = [kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)]
+    if kinds and hasattr(value, "items"):
+        return build(kinds[0], value)
     if isinstance(value, (list, tuple)):
         inner = (get_args(hint) or (None,))[0]
         return tuple(_cast(inner, v) for v in value)

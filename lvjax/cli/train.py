@@ -2,20 +2,25 @@
 """`lvjax train`: run or continue a training recipe."""
 
 import argparse
+import math
 import shutil
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from lvjax.cli import config
+from lvjax.cli.train_extension import train_extension
 from lvjax.core.compat import enable_compilation_cache
 from lvjax.core.errors import InputError, StorageError
 from lvjax.data.clips import CLIP_FRAMES
 from lvjax.data.world import SIZE
-from lvjax.lab.pocket import Run, train
+from lvjax.lab import pocket
 from lvjax.lab.recipe import Recipe
 from lvjax.lab.resume import claim
 from lvjax.run import lock
 from lvjax.run.bundle import outline
+from lvjax.run.training import Training
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--folder",
-        default="runs/pocket",
-        help="where the run lives; it goes on from the newest checkpoint there",
+        help="where the run lives; it goes on from the newest checkpoint there (default: runs/ and "
+        "the name of the config)",
     )
     parser.add_argument("--minutes", type=float, help="stop after this long, checkpoint saved")
 
@@ -37,17 +42,21 @@ def run(args) -> int:
     if args.minutes is not None and not args.minutes > 0:
         raise InputError(f"--minutes is {args.minutes}; give a positive number")
     enable_compilation_cache()
-    recipe = config.build(Recipe, config.load(args.config, args.set))
-    if recipe.start is not None:
-        outline(recipe.start)
-    if not args.folder:
+    values = config.load(args.config, args.set)
+    if args.folder == "":
         raise InputError("--folder is empty; name a folder")
-    folder = Path(args.folder)
+    folder = Path(args.folder or Path("runs", Path(args.config).stem))
+    seconds = math.inf if args.minutes is None else 60 * args.minutes
+    if "data" in values:  # somebody's own; the recipe of the pocket model renders its data
+        train = partial(train_extension, config.build(Training, values), folder, seconds)
+    else:
+        recipe = config.build(Recipe, values)
+        if recipe.start is not None:
+            outline(recipe.start)
+        train = partial(_train_pocket, recipe, folder, seconds)
     with lock.hold(folder / "training", "--folder"):
         try:
-            _check_disk(recipe, folder)
-            claim(recipe, folder)
-            return _train(recipe, Run(folder, args.minutes and 60 * args.minutes, report=_report))
+            return _run(train, folder)
         except OSError as e:
             where = e.filename or folder
             raise StorageError(
@@ -55,24 +64,30 @@ def run(args) -> int:
             ) from e
 
 
-def _train(recipe: Recipe, run: Run) -> int:
+def _run(train: Callable[[], bool], folder: Path) -> int:
     """Train; returns the exit code.  A signal ends a stage after the step in flight, with a
     checkpoint (`fit`), and preparation at once: what it had finished is found again.
     """
     try:
-        bundle = train(recipe, run)
+        if not train():
+            print(f"stopped by the time limit; the same command goes on from {folder}")
+        return 0
     except KeyboardInterrupt as e:
         print(
-            f"lvjax: stopped, what is done is saved; the same command goes on from {run.folder}",
+            f"lvjax: stopped, what is done is saved; the same command goes on from {folder}",
             file=sys.stderr,
         )
         return 128 + (e.args[0] if e.args else 2)
-    print(
-        f"model saved in {run.folder}/bundle"
-        if bundle
-        else f"stopped by the time limit; the same command goes on from {run.folder}"
-    )
-    return 0
+
+
+def _train_pocket(recipe: Recipe, folder: Path, seconds: float) -> bool:
+    """Train the pocket model, or go on; whether it came to its end."""
+    _check_disk(recipe, folder)
+    claim(recipe, folder)
+    if pocket.train(recipe, pocket.Run(folder, seconds, report=_report)) is None:
+        return False
+    print(f"model saved in {folder}/bundle")
+    return True
 
 
 def _check_disk(recipe: Recipe, folder: Path) -> None:

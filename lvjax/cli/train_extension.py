@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lvjax train` of a video-extension model: the plan, the run, what is shown on the way, and what is
-left at the end.
+"""`lvjax train` of a video-extension model: the plan, the run, what is shown on the way, and what
+is left at the end.
 """
 
 import dataclasses
@@ -13,15 +13,15 @@ import numpy as np
 from tqdm import tqdm
 
 from lvjax.api import generate
-from lvjax.core.errors import DoesNotFitError, InputError
-from lvjax.core.params import unflatten
-from lvjax.data.latents import open_latents
+from lvjax.core.errors import DoesNotFitError, InputError, some_of
+from lvjax.data.latent_feed import LatentFeed
+from lvjax.data.latents import NULL, Latents
 from lvjax.run.begun import claim
-from lvjax.run.bundle import Bundle
+from lvjax.run.dataset import open_dataset
 from lvjax.run.machine import device_memory, host_memory, shares_memory
-from lvjax.run.plan import COMPILING, RUNTIME
 from lvjax.run.trained import LORA, save_trained, trained_bundle
 from lvjax.run.training import Open, Training, TrainingPlan, begin, compiled_step, open_training
+from lvjax.run.weights import read_part
 from lvjax.train.loop import Outside, fit
 from lvjax.train.state import TrainState
 
@@ -33,11 +33,13 @@ def train_extension(training: Training, folder: Path, seconds: float) -> bool:
 
     Raises: InputError, CheckpointError, DoesNotFitError, NonFiniteError, StorageError.
     """
-    opened, data = open_training(training), open_latents(training.data)
-    feed = data.feed(training.batch, training.clips, training.options.seed)
-    data.check(opened.bundle)
-    if unknown := [text for text in training.samples if text not in data.prompts]:
-        raise InputError(f"samples: the data have no prompt {unknown[0]!r}; give some that they have")
+    opened = open_training(training)
+    data = open_dataset(opened.bundle, training.data)
+    task, o = training.task, training.options
+    tails = task.last > 0 or task.both > 0
+    feed = LatentFeed(data, training.batch, training.clips, seed=o.seed, tails=tails)
+    if unknown := [text for text in training.samples if text not in data.texts]:
+        raise InputError(f"samples: the data have no prompt {unknown[0]!r}; give some of theirs")
     claim(training, folder)
     first = next(feed)
     feed.seek({})
@@ -45,28 +47,16 @@ def train_extension(training: Training, folder: Path, seconds: float) -> bool:
     print(describe(plan), file=sys.stderr)
     check(plan)
     state, fixed = begin(opened)
-    with _Bar(training.options.steps) as bar:
-        outside = Outside(
-            seconds,
-            bar.report,
-            partial(_sample, opened, fixed, data, folder),
-            training.tensorboard,
-        )
-        state = fit(
-            step,
-            state,
-            feed,
-            training.options,
-            folder,
-            fixed=fixed,
-            mesh=opened.mesh,
-            outside=outside,
-        )
-    if skipped := feed.position().get("skipped"):
-        print(f"note: {skipped} records of the data were left out", file=sys.stderr)
-    if int(state.step) < training.options.steps:
+    with _Bar(o.steps) as bar:
+        sample = partial(_sample, opened, fixed, data, folder)
+        outside = Outside(seconds, bar.report, sample, training.tensorboard)
+        state = fit(step, state, feed, o, folder, fixed=fixed, mesh=opened.mesh, outside=outside)
+    if feed.damaged:
+        what = f"{len(feed.damaged)} damaged samples of {data.folder} were left out"
+        print(f"note: {what} ({some_of(feed.damaged)})", file=sys.stderr)
+    if int(state.step) < o.steps:
         return False
-    place = save_trained(opened, state, fixed, data.facts, folder)
+    place = save_trained(opened, state, fixed, data.head.layout, folder)
     lora = "" if training.adapters is None else f" --lora {folder / LORA}"
     print(f'saved; lvjax generate --model {place}{lora} --prompt "..."')
     return True
@@ -91,11 +81,6 @@ def check(plan: TrainingPlan) -> None:
             f"training needs {needs / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; give a smaller "
             "batch with options.accumulate, task.remat=True, adapters, or more devices in mesh"
         )
-
-
-def host_bytes(plan: TrainingPlan) -> float:
-    """Peak of a process whose devices share its memory, one device, the program compiled there."""
-    return RUNTIME + COMPILING + plan.device_bytes
 
 
 # ---- on the way --------------------------------------------------------------------
@@ -123,23 +108,19 @@ class _Bar:
         self.bar.update(line["step"] - self.bar.n)
 
 
-def _sample(opened: Open, fixed, data, folder: Path, state: TrainState) -> None:
+def _sample(opened: Open, fixed, data: Latents, folder: Path, state: TrainState) -> None:
     """A video of each prompt of `samples`, by the average as it is now."""
     training, step = opened.training, int(state.step)
     if not training.samples:
         return
-    bundle = trained_bundle(opened, state, fixed, data.facts)
-    bundle = dataclasses.replace(
-        bundle, params=bundle.params | {"vae": _held(bundle, "vae")}, embeddings=data.rows
-    )
+    bundle = trained_bundle(opened, state, fixed, data.head.layout)
+    vae, _ = read_part(bundle, "vae")
+    rows = {text: np.float32(data.text(text).rows) for text in (*training.samples, NULL)}
+    bundle = dataclasses.replace(bundle, params=bundle.params | {"vae": vae}, embeddings=rows)
     (folder / SAMPLES).mkdir(exist_ok=True)
     key = jax.random.key(training.options.seed)
     for i, prompt in enumerate(training.samples):
-        video = generate(bundle, prompt, seconds=training.sample_seconds, key=key)
+        video = generate(
+            bundle, prompt, negative_prompt=NULL, seconds=training.sample_seconds, key=key
+        )
         video.save(folder / SAMPLES / f"{step:07d}-{i}.mp4", upscale=bundle.defaults.upscale)
-
-
-def _held(bundle: Bundle, part: str) -> dict:
-    """The weights of a part, for as long as they are needed."""
-    stored = bundle.parts[part]
-    return unflatten({name: jax.numpy.asarray(stored[name], np.float32) for name in stored})

@@ -48,17 +48,16 @@ from lvjax.train.state import TrainState, init_state, joined, make_optimizer, ma
 class Run:
     """Where a run lives and how much of it to do now.
 
-    seconds: at most this long from here on, all stages together, None for no limit.  devices: for
-      the batch.
+    seconds: at most this long from here on, all stages together.  devices: for the batch.
     """
 
     folder: Path
-    seconds: float | None = None
+    seconds: float = math.inf
     devices: int = 1
     report: Callable[[str, dict], None] = field(default=lambda stage, line: None)
 
     def __post_init__(self):
-        self._end = math.inf if self.seconds is None else time.monotonic() + self.seconds
+        self._end = time.monotonic() + self.seconds
 
     def left(self) -> float:
         """Seconds that are left, infinite without a limit."""

@@ -17,6 +17,7 @@ import numpy as np
 from checkpoints_convert.export_lora import lora_arrays, write_lora
 from lvjax.core.checkpoint import Stored, save_arrays, sealed, write_atomic
 from lvjax.core.params import flatten
+from lvjax.data.latents import Layout
 from lvjax.models.lora import as_lora
 from lvjax.models.pocket_text import PocketTextConfig
 from lvjax.run.bundle import MODEL, OWN, TOKENIZER, Bundle
@@ -27,10 +28,10 @@ from lvjax.train.state import TrainState, joined
 BUNDLE, LORA = "bundle", "lora.safetensors"  # in the folder of a run
 
 
-def defaults_of(opened: Open, facts: dict) -> Defaults:
+def defaults_of(opened: Open, layout: Layout) -> Defaults:
     """What the trained model is asked for: clips as the data has them.
 
-    facts: "fps", "size", "clip_latents" and "overlap" of the data.
+    layout: of the data.
     """
     d = opened.bundle.defaults
     guidance = d.guidance[0] if isinstance(d.guidance, (tuple, list)) else d.guidance
@@ -41,17 +42,20 @@ def defaults_of(opened: Open, facts: dict) -> Defaults:
         fill=opened.training.task.fill,
         capacity=Defaults.capacity if opened.layers else 1,
         layers=opened.layers,
-        **{name: facts[name] for name in ("fps", "size", "clip_latents", "overlap")},
+        fps=layout.fps,
+        size=layout.size,
+        clip_latents=layout.latent[0],
+        overlap=layout.overlap,
     )
 
 
-def trained_bundle(opened: Open, state: TrainState, fixed, facts: dict) -> Bundle:
+def trained_bundle(opened: Open, state: TrainState, fixed, layout: Layout) -> Bundle:
     """The model as it is now, by the average; without the autoencoder's weights."""
     params = joined(state.ema, fixed)
-    return dataclasses.replace(opened.bundle, params=params, defaults=defaults_of(opened, facts))
+    return dataclasses.replace(opened.bundle, params=params, defaults=defaults_of(opened, layout))
 
 
-def save_trained(opened: Open, state: TrainState, fixed, facts: dict, folder) -> Path:
+def save_trained(opened: Open, state: TrainState, fixed, layout: Layout, folder) -> Path:
     """Write folder/"bundle", and folder/"lora.safetensors" where adapters were trained; returns the
     bundle.
 
@@ -59,7 +63,7 @@ def save_trained(opened: Open, state: TrainState, fixed, facts: dict, folder) ->
     """
     place = Path(folder, BUNDLE)
     place.mkdir(parents=True, exist_ok=True)
-    model = trained_bundle(opened, state, fixed, facts)
+    model = trained_bundle(opened, state, fixed, layout)
     if opened.training.adapters is None:
         _save_part(place, "dit", model)
     else:

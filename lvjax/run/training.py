@@ -168,7 +168,7 @@ def loss_of(opened: Open) -> Callable:
         return extension_loss(
             opened.cfg, lambda params, ids: encode_text(params["text"], ids, text), task
         )
-    return extension_loss(opened.cfg, lambda params, rows: rows, task)
+    return extension_loss(opened.cfg, lambda params, rows: rows.astype(jnp.float32), task)
 
 
 # ---- the state before the first step -----------------------------------------------

@@ -104,7 +104,7 @@ def test_a_second_run_in_the_folder_is_told_of_the_first(command, capsys, monkey
         codes.append(main(command()))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "train", meanwhile)
+    monkeypatch.setattr(train.pocket, "train", meanwhile)
     assert main(command()) == 130 and codes == [7]
     err = capsys.readouterr().err
     assert f"process {os.getpid()} on" in err and "--folder" in err
@@ -123,7 +123,7 @@ def test_a_failing_disk_is_one_line(command, capsys, monkeypatch, error):
     def failing(*_):
         raise error
 
-    monkeypatch.setattr(train, "train", failing)
+    monkeypatch.setattr(train.pocket, "train", failing)
     assert main(command()) == 6
     assert error.strerror in said(capsys)
 
@@ -133,7 +133,7 @@ def test_clips_that_do_not_fit_are_refused_before_they_are_rendered(
 ):
     usage = types.SimpleNamespace(free=600_000)
     monkeypatch.setattr(train.shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(train, "train", lambda *_: True)
+    monkeypatch.setattr(train.pocket, "train", lambda *_: True)
     assert main(command()) == 6  # 2 videos of 2 clips of 17 frames are 0.8 MB
     assert "0.0 GB more" in said(capsys) and not (tmp_path / "run" / "recipe.json").exists()
     usage.free = 1_000_000

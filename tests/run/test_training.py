@@ -14,6 +14,7 @@ import lvjax
 from lvjax.cli.main import main
 from lvjax.core.errors import InputError
 from lvjax.core.params import flatten
+from lvjax.data.latents import Layout
 from lvjax.models.dit import dit, embed_context
 from lvjax.run import trained
 from lvjax.run.bundle import outline
@@ -25,7 +26,7 @@ from lvjax.train.state import TrainOptions, joined
 from tests.tiny import relative
 from tests.wan_folder import TEXT_DIM, wan_folder
 
-FACTS = {"fps": 8, "size": (32, 32), "clip_latents": 3, "overlap": 1}
+LAYOUT = Layout(fps=8, size=(32, 32), frames=9, latent=(3, 4, 4, 16), overlap=1, clips=2, tails=0)
 OPTIONS = TrainOptions(3, 1e-2, 1, ema=0.5, log_every=1)
 
 
@@ -81,7 +82,7 @@ def stage1(wan, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stage1")
     opened = open_training(training(wan))
     state, fixed, plan = run(opened, folder)
-    place = save_trained(opened, state, fixed, FACTS, folder)
+    place = save_trained(opened, state, fixed, LAYOUT, folder)
     return place, opened, state, plan
 
 
@@ -118,7 +119,7 @@ def test_adapters_come_back_as_a_lora(stage1, tmp_path):
     state, fixed, plan = run(opened, tmp_path)
     assert {k.split("/")[-1] for k in flatten(state.params)} == {"a", "b"}
     assert opened.layers == (1, 2) and plan.memory["state"] < plan.memory["weights that stay"]
-    place = save_trained(opened, state, fixed, FACTS, tmp_path)
+    place = save_trained(opened, state, fixed, LAYOUT, tmp_path)
     model = lvjax.load(place, lora=tmp_path / trained.LORA)
     assert model.defaults.capacity == 6 and model.defaults.layers == (1, 2)
     given = jnp.zeros((1, 3, 4, 4, 20))
