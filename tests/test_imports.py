@@ -29,12 +29,12 @@ FLOORS = (
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
-BESIDE = {("memory", "nn")}  # the one pair on a floor of which one may use the other
+BESIDE = {("memory", "nn"), ("data", "io")}  # on one floor: the first may use the second
 NUMERIC = {"jax", "flax", "optax", "orbax", "einops", "numpy", "safetensors", "ml_dtypes"}
 FILES = {"av", "PIL"}  # pictures and video
 PACKAGES = {
     "train": NUMERIC | {"tensorboardX"},
-    "data": NUMERIC | {"PIL", "tensorflow_datasets", "tokenizers", "ftfy"},
+    "data": NUMERIC | {"PIL", "tensorflow_datasets", "tokenizers", "ftfy", "grain"},
     "io": NUMERIC | FILES,
     "run": NUMERIC | {"PIL", "checkpoints_convert"},
     "lab": NUMERIC | {"PIL", "matplotlib"},

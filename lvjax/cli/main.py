@@ -27,7 +27,7 @@ COMMANDS = {
     "info": "what is here, or what a checkpoint, LoRA or video is",
     "train": "train a model from a config",
     "convert": "turn PyTorch Wan weights into lvjax weights",
-    "encode": "read prompts once, for machines without a text encoder",
+    "encode": "prompts for machines without a text encoder, or videos for training",
     "tune-trflow": "find the lower threshold of T-RFlow for a model",
 }
 

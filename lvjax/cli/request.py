@@ -6,11 +6,11 @@ Does not own: which settings there are (generate.py), what a request may be (run
 
 import dataclasses
 import re
-from pathlib import Path
 
 import numpy as np
 
 from lvjax.core.errors import InputError
+from lvjax.data.captions import moment, read_lines
 from lvjax.io.image import fit_image, read_image
 from lvjax.io.video import read_video
 from lvjax.run.bundle import Bundle
@@ -32,7 +32,8 @@ def make_request(bundle: Bundle, options: dict) -> tuple[Request, list[str]]:
     d, asked = bundle.defaults, options.get("frames")
     if asked is None and options.get("seconds") is not None:
         asked = frame_count(options["seconds"], d.fps)
-    size = None if options.get("size") is None else check_size(_size(options["size"]), bundle)
+    size = options.get("size")
+    size = None if size is None else check_size(picture_size(size), bundle)
     request = _plain(options, d, frame_count(SECONDS, d.fps) if asked is None else asked)
     given, notices = None, []
     if options.get("image") is not None:
@@ -77,7 +78,7 @@ def _plain(options: dict, d: Defaults, frames: int) -> Request:
     )
 
 
-def _size(text: str) -> tuple[int, int]:
+def picture_size(text: str) -> tuple[int, int]:
     """ "WxH", or a name, -> (height, width)."""
     if text in SIZES:
         return SIZES[text]
@@ -135,31 +136,4 @@ def _timelines(options: dict, frames: int, fps: int) -> list:
     lines = read_lines(options[given[0]])
     if given == ["prompt_file"]:
         return [spread([x], frames, fps) for x in lines]
-    return [tuple(_moment(x, options["timeline"]) for x in lines)]
-
-
-def _moment(line: str, source) -> tuple[float, str]:
-    found = re.fullmatch(r"(?:(\d{1,6}):)?(\d{1,9}(?:\.\d{1,9})?)s?(?::(?!\d)|[,\s])\s*(.+)", line)
-    if not found or (found[1] and float(found[2]) >= 60):
-        raise InputError(
-            f"{source}: {line!r} is not a time and a prompt; write for example: 3.5 the camera "
-            "pans left, or 1:30 the camera pans left"
-        )
-    return 60 * int(found[1] or 0) + float(found[2]), found[3]
-
-
-def read_lines(path) -> list[str]:
-    """The lines of a file of prompts; empty ones and comments (# ...) are left out.
-
-    Raises: InputError when it cannot be read or holds none.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(
-            f"cannot read {path} ({e.strerror if isinstance(e, OSError) else 'not UTF-8 text'})"
-        ) from e
-    lines = [line.strip() for line in text.splitlines()]
-    if not (lines := [line for line in lines if line and not line.startswith("#")]):
-        raise InputError(f"{path} holds no prompt; write one per line")
-    return lines
+    return [tuple(moment(x, options["timeline"]) for x in lines)]

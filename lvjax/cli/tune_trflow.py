@@ -15,10 +15,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lvjax.cli import drive
-from lvjax.cli.request import make_request, read_lines
+from lvjax.cli.request import make_request
 from lvjax.core.checkpoint import write_atomic
 from lvjax.core.compat import enable_compilation_cache
 from lvjax.core.errors import InputError
+from lvjax.data.captions import read_lines
 from lvjax.lab import tune_trflow as tuning
 from lvjax.rollout.condition import pixel_frames
 from lvjax.run import card as cards

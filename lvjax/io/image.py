@@ -235,10 +235,10 @@ def as_image(image, name: str = "image") -> tuple[np.ndarray, list[str]]:
     return np.round(255 * a).astype(np.uint8), []
 
 
-def fit_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def fit_bits(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Scale to cover `size` (Lanczos), crop the centre.
 
-    image: uint8 [H,W,3]; size: (height, width).  Returns: float32 [height,width,3] in [-1, 1].
+    image: uint8 [H,W,3]; size: (height, width).  Returns: uint8 [height,width,3].
     """
     height, width = size
     h, w = image.shape[:2]
@@ -246,4 +246,9 @@ def fit_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     left, top = (w - width * scale) / 2, (h - height * scale) / 2
     box = (max(left, 0), max(top, 0), min(w - left, w), min(h - top, h))
     fitted = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS, box=box)
-    return np.asarray(fitted, np.float32) / np.float32(127.5) - np.float32(1)
+    return np.asarray(fitted)
+
+
+def fit_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """As `fit_bits`; returns float32 [height,width,3] in [-1, 1]."""
+    return fit_bits(image, size).astype(np.float32) / np.float32(127.5) - np.float32(1)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice
 from numbers import Rational
 from pathlib import Path
 
@@ -309,6 +309,26 @@ def _rgb(frame: av.VideoFrame, size: tuple[int, int], convert: VideoReformatter)
     return np.rot90(turned.to_ndarray(), round(frame.rotation / 90) % 4)
 
 
+def _screen(container, path, fps, most: int | None) -> tuple[Iterator, Fraction, tuple[int, int]]:
+    """What is on the screen at a constant rate, as decoded; the rate; and (width, height) that its
+    pixels make where they are square.
+    """
+    rate = None if fps is None else _as_rate(fps)
+    videos = container.streams.video
+    videos = [s for s in videos if not s.disposition & Disposition.attached_pic]
+    if not videos:
+        raise InputError(f"{path} has no video stream; give a file with pictures in it")
+    stream = videos[0]
+    stream.thread_type = "AUTO"
+    own = min(stream.average_rate or stream.guessed_rate or Fraction(25), Fraction(240))
+    rate = _as_rate(own) if rate is None else rate
+    frames = _steady(_timed(container, stream), rate, 1 / own, most)
+    if (first := next(frames, None)) is None:
+        raise InputError(f"{path} has no frames that can be decoded; give another video")
+    aspect = stream.sample_aspect_ratio or Fraction(1)
+    return chain([first], frames), rate, (max(1, round(first.width * aspect)), first.height)
+
+
 def read_video(
     path, fps=None, max_frames: int | None = None, first: int | None = None
 ) -> tuple[np.ndarray, float]:
@@ -320,23 +340,22 @@ def read_video(
     Returns: (uint8 [P,H,W,3], frames/s), rotation and non-square pixels applied.
     Raises: InputError when the file cannot be read or has no frames.
     """
-    rate = None if fps is None else _as_rate(fps)
     if max_frames is not None and max_frames < 1:
         raise InputError(f"max_frames {max_frames}: allowed is 1 or more")
     with _opened(path) as container:
-        videos = container.streams.video
-        videos = [s for s in videos if not s.disposition & Disposition.attached_pic]
-        if not videos:
-            raise InputError(f"{path} has no video stream; give a file with pictures in it")
-        stream = videos[0]
-        stream.thread_type = "AUTO"
-        own = min(stream.average_rate or stream.guessed_rate or Fraction(25), Fraction(240))
-        rate = _as_rate(own) if rate is None else rate
-        steady = _steady(_timed(container, stream), rate, 1 / own, max_frames)
-        frames = deque(islice(steady, first), max_frames)
-        if not frames:
-            raise InputError(f"{path} has no frames that can be decoded; give another video")
-        aspect = stream.sample_aspect_ratio or Fraction(1)
-        size = max(1, round(frames[0].width * aspect)), frames[0].height
+        shown, rate, size = _screen(container, path, fps, max_frames)
+        frames = deque(islice(shown, first), max_frames)
         convert = VideoReformatter()
         return np.stack([_rgb(frame, size, convert) for frame in frames]), float(rate)
+
+
+def stream_video(path, fps=None) -> Iterator[np.ndarray]:
+    """The frames that `read_video` gives, uint8 [H,W,3], one at a time.
+
+    Raises: InputError as `read_video`.
+    """
+    with _opened(path) as container:
+        shown, _, size = _screen(container, path, fps, None)
+        convert = VideoReformatter()
+        for frame in shown:
+            yield _rgb(frame, size, convert)

@@ -5,11 +5,11 @@ Owns: lengths, sizes, timelines and settings that every method shares.  What one
 stands in its opening (open_*.py).
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lvjax.core.errors import InputError, shown
+from lvjax.data.captions import check_timeline
 from lvjax.rollout.condition import MASK
 from lvjax.run.bundle import Bundle
 from lvjax.run.defaults import ALLOWED
@@ -98,25 +98,6 @@ def spread(prompts: list[str], frames: int, fps: int) -> tuple[tuple[float, str]
     """Prompts at equal distances over the video."""
     duration = (frames - 1) / fps
     return tuple((duration * i / len(prompts), p) for i, p in enumerate(prompts))
-
-
-def check_timeline(timeline) -> None:
-    """Raises: InputError for an empty timeline or prompt, a first time other than 0, or times that
-    do not increase.
-    """
-    if not timeline:
-        raise InputError(
-            "no prompt is given; give at least one, for example 'the camera pans left'"
-        )
-    times = [t for t, _ in timeline]
-    if not all(isinstance(p, str) and p.strip() for _, p in timeline):
-        raise InputError("a prompt is empty; say what happens, for example 'a red circle moves up'")
-    if (
-        times[0] != 0
-        or not all(math.isfinite(t) for t in times)
-        or any(a >= b for a, b in zip(times, times[1:], strict=False))
-    ):
-        raise InputError(f"prompt times are {times}; they must start at 0 and increase")
 
 
 def resolved(bundle: Bundle, request: Request) -> Request:

@@ -52,19 +52,39 @@ def read_weights(bundle: Bundle, change: Callable[[str, str, Any], Any] | None =
     """
     params, hashes = {}, {}
     for part in specs(bundle):
-        if part not in bundle.parts:
-            raise CheckpointError(f"{bundle.folder} has no file of the part {part!r}; restore it")
         keep = (lambda path, leaf: leaf) if change is None else partial(change, part)
         if part in bundle.experts and bundle.offload != "none":
             keep = partial(_waiting, keep)
-        params[part], hashes[part] = _load(
-            bundle.parts[part], bundle.config(part), _wide(bundle, part), keep
-        )
+        params[part], hashes[part] = _part(bundle, part, keep)
     if "image" in bundle.parts and (known := stored_hash(bundle.parts["image"])) is not None:
         hashes["image"] = known  # read when needed; of a text encoder, a run compares the rows
     sizes = [[part, *_unusual(bundle.config(part))] for part in sorted(params)]
     hashes["model"] = _hash(sizes)
     return dataclasses.replace(bundle, params=params, hashes=hashes)
+
+
+def read_part(bundle: Bundle, part: str) -> tuple[dict, str]:
+    """The weights of one part of an outline as `load` has them, and their hash.
+
+    Raises: CheckpointError as `load`.
+    """
+    return _part(bundle, part, lambda path, leaf: leaf)
+
+
+def part_hash(bundle: Bundle, part: str) -> str:
+    """The hash of one part; where it is not known, the part is read, and not held.
+
+    Raises: CheckpointError as `load`.
+    """
+    if part in bundle.hashes:
+        return bundle.hashes[part]
+    return _part(bundle, part, lambda path, leaf: None)[1]
+
+
+def _part(bundle: Bundle, part: str, change: Callable) -> tuple[dict, str]:
+    if part not in bundle.parts:
+        raise CheckpointError(f"{bundle.folder} has no file of the part {part!r}; restore it")
+    return _load(bundle.parts[part], bundle.config(part), _wide(bundle, part), change)
 
 
 def _waiting(change: Callable, path: str, leaf):

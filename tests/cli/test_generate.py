@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from lvjax.cli.main import main
-from lvjax.cli.request import _moment
 from lvjax.core.errors import InputError
+from lvjax.data.captions import moment
 from lvjax.io.video import read_card, read_video
 from lvjax.run import job
 from lvjax.run.card import card_path
@@ -164,7 +164,7 @@ def test_a_full_disk_is_one_line(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "moment"),
+    ("line", "found"),
     [
         ("3.5 the camera pans left", (3.5, "the camera pans left")),
         ("4: the camera pans left", (4.0, "the camera pans left")),
@@ -173,14 +173,14 @@ def test_a_full_disk_is_one_line(model, tmp_path):
         ("0:07.5, 2 circles", (7.5, "2 circles")),
     ],
 )
-def test_lines_of_a_timeline(line, moment):
-    assert _moment(line, "story.txt") == moment
+def test_lines_of_a_timeline(line, found):
+    assert moment(line, "story.txt") == found
 
 
 @pytest.mark.parametrize("line", ["1:75 a red circle", "1:30", "a red circle", "-1 x", "1:2:30 x"])
-def test_lines_that_are_no_moment(line):
+def test_lines_that_are_nomoment(line):
     with pytest.raises(InputError, match="1:30 the camera"):
-        _moment(line, "story.txt")
+        moment(line, "story.txt")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

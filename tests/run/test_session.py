@@ -14,11 +14,12 @@ import pytest
 
 import lvjax
 from lvjax.core.errors import CheckpointError, InputError, NonFiniteError
+from lvjax.data.captions import check_timeline
 from lvjax.data.prompts import encode
 from lvjax.models.pocket_text import encode_text
 from lvjax.models.vae import encode as encode_video
 from lvjax.run.encoders import _pooled
-from lvjax.run.request import check_frames, check_timeline, frame_count
+from lvjax.run.request import check_frames, frame_count
 from lvjax.run.session import _check_finite
 from lvjax.run.weights import load, save
 from tests.lora_files import lora_arrays, write_lora
