@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lvjax.data.latents import Layout
 
 import lvjax
 from lvjax.cli.main import main
 from lvjax.core.errors import InputError
 from lvjax.core.params import flatten
+from lvjax.data.latents import Layout
 from lvjax.models.dit import dit, embed_context
 from lvjax.run import trained
 from lvjax.run.bundle import outline
