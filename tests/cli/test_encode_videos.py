@@ -270,7 +270,7 @@ def test_a_dataset_of_another_model_is_refused(model, made, tmp_path):
     text = dataclasses.replace(bundle.text, vocabulary=99)
     with pytest.raises(CheckpointError, match="text for another text encoder"):
         open_dataset(dataclasses.replace(outline(model), text=text), made)
-    assert next(LatentFeed(open_dataset(outline(model), made), 2, 2, tails=True))
+    assert next(LatentFeed(open_dataset(outline(model), made), 2, 2, tails=2))
 
 
 def test_rows_of_a_large_encoder(tmp_path, monkeypatch):
