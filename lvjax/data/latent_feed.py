@@ -7,7 +7,7 @@ training goes on, it is the same.
 Does not own: the files (latents.py), which clips see which (memory/placement.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
@@ -24,7 +24,7 @@ class LatentFeed:
 
     Batches have float16 latents [B, K, T, h, w, z], text [B, K, M, ...] and null [B, M, ...] padded
     to the longest prompt of the dataset, least, and what else `extension_loss` takes: with more
-    than one clip frame, given and visible, with `tails` float32 tails.
+    than one clip frame, given and visible; with `tails` float32 tails.
     damaged: {sample: what is wrong with it}, of those met so far.  Another window, that the row's
       number decides, stands for each.
     """
@@ -36,21 +36,24 @@ class LatentFeed:
         clips: int = 1,
         *,
         seed: int = 0,
-        tails: bool = False,
+        tails: int = 0,
+        feature: Callable[[str], np.ndarray] | None = None,
         max_selected: int = 5,
         delta: float = 0.02,
         select: Select | None = None,
         readers: int = 2,
     ):
-        """clips: K, of a sample.  tails: with the last frames of each clip encoded alone.
-        max_selected, delta, select: which earlier clips a clip sees, see `placement.plan_bank`.
+        """clips: K, of a sample.  tails: R, the most latent frames that are given at the end.
+        feature: of a prompt, what clip selection compares; None for that of the model which made
+          the dataset.  max_selected, delta, select: see `placement.plan_bank`.
         readers: threads, each with a batch of its own that waits; 0 reads when asked.
 
-        Raises: InputError when no video has as many clips, or no tails where they are asked for;
+        Raises: InputError when no video has as many clips, or the dataset not as many tails;
           CheckpointError when the null prompt is damaged.
         """
         _check(data, batch, clips, seed, tails, readers)
         self.data, self.clips, self.seed, self.tails = data, clips, seed, tails
+        self._feature = feature
         self._policy = {"max_selected": max_selected, "delta": delta, "select": select}
         self._ends = np.cumsum(np.maximum(data.clips - clips + 1, 0))
         self._null = data.text(NULL).rows
@@ -103,7 +106,7 @@ class LatentFeed:
             name = self.data.samples[at]
             try:
                 clips = range(last - self.clips, last)
-                return self._arrays(self.data.read(name, clips, self.tails)), damaged
+                return self._arrays(self.data.read(name, clips, bool(self.tails))), damaged
             except CheckpointError as e:
                 damaged[name] = str(e)
         raise CheckpointError(
@@ -122,11 +125,12 @@ class LatentFeed:
             "least": np.array(sample.least, np.int32),
         }
         if self.tails:
-            row["tails"] = np.stack([_square(packed, layout.tails) for packed in sample.tails])
+            row["tails"] = np.stack([_square(packed, self.tails) for packed in sample.tails])
         if k == 1:
             return row
         number = sample.first + np.arange(k)
-        features = np.stack([texts[prompt].feature for prompt in sample.prompts])
+        feature = self._feature or (lambda prompt: texts[prompt].feature)
+        features = np.stack([feature(prompt) for prompt in sample.prompts])
         return row | {
             "frame": np.arange(1 - k, 1, dtype=np.int32) * np.int32(layout.stride),
             "given": np.where(number == 0, 0, layout.overlap).astype(np.int32),
@@ -140,17 +144,18 @@ class LatentFeed:
 
 
 def _square(packed: np.ndarray, rows: int) -> np.ndarray:
-    """float16 [R (R + 1) / 2, h, w, z] -> float32 [R, R, h, w, z]: m latent frames in row m - 1,
-    zeros behind them.
+    """float16 [at least R (R + 1) / 2, h, w, z] -> float32 [R, R, h, w, z]: m latent frames in row
+    m - 1, zeros behind them.
     """
     out = np.zeros((rows, rows, *packed.shape[1:]), np.float32)
-    out[np.tril_indices(rows)] = packed
+    out[np.tril_indices(rows)] = packed[: rows * (rows + 1) // 2]
     return out
 
 
-def _check(data: Latents, batch: int, clips: int, seed: int, tails: bool, readers: int) -> None:
+def _check(data: Latents, batch: int, clips: int, seed: int, tails: int, readers: int) -> None:
     """Raises: InputError for settings that cannot be."""
-    for name, value, least in (("batch", batch, 1), ("clips", clips, 1), ("readers", readers, 0)):
+    counts = ("batch", batch, 1), ("clips", clips, 1), ("tails", tails, 0), ("readers", readers, 0)
+    for name, value, least in counts:
         if type(value) is not int or value < least:
             raise InputError(f"{name} is {value!r}; give a whole number from {least}")
     if type(seed) is not int or not 0 <= seed < 2**31:
@@ -160,8 +165,9 @@ def _check(data: Latents, batch: int, clips: int, seed: int, tails: bool, reader
             f"samples of {clips} clips are asked for, {data.folder} has at most {most} in a row; "
             "ask for fewer, or encode longer videos, or with a larger --clips"
         )
-    if tails and not data.head.layout.tails:
+    if tails > data.head.layout.tails:
         raise InputError(
-            f"{data.folder} has no last frames encoded alone; encode the videos with --tails, or "
-            "give no frames at the end"
+            f"{tails} latent frames may be given at the end, {data.folder} has "
+            f"{data.head.layout.tails} encoded alone; encode the videos with --tails {tails}, or "
+            "give fewer"
         )

@@ -215,6 +215,8 @@ def open_latents(folder) -> Latents:
     except BAD as e:
         raise CheckpointError(f"{folder} is damaged ({type(e).__name__}); restore it") from e
     texts = text_places(folder)
+    if NULL not in texts:
+        raise CheckpointError(f"{folder / TEXTS} lacks the null prompt; restore it")
     longest = max(_longest(path) for path in sorted({path for path, _ in texts.values()}))
     clips = np.fromiter(samples.values(), np.int64, len(samples))
     return Latents(folder, head, tuple(samples), clips, texts, longest)

@@ -84,7 +84,7 @@ def test_the_order_is_that_of_every_version(data):
 def test_any_number_of_readers_gives_the_same_batches(tmp_path, damage):
     data = write_latents(tmp_path)
     damaged = {flip(data, 2, clip=4)} if damage else set()
-    feeds = [LatentFeed(data, 4, 2, seed=1, tails=True, readers=n) for n in (0, 1, 3)]
+    feeds = [LatentFeed(data, 4, 2, seed=1, tails=2, readers=n) for n in (0, 1, 3)]
     found = [taken(feed, 12) for feed in feeds]
     assert_same(found[0], found[1])
     assert_same(found[0], found[2])
@@ -138,7 +138,7 @@ def test_too_much_damage_ends_training(tmp_path):
 
 
 def test_rows_are_what_the_loss_takes(data):
-    feed, seen = LatentFeed(data, 3, 7, seed=1, tails=True, max_selected=2), set()
+    feed, seen = LatentFeed(data, 3, 7, seed=1, tails=2, max_selected=2), set()
     for batch in taken(feed, 4):
         assert batch["latents"].shape == (3, 7, 3, 2, 2, 16)
         assert batch["frame"].tolist() == 3 * [[-12, -10, -8, -6, -4, -2, 0]]
@@ -164,6 +164,12 @@ def test_rows_are_what_the_loss_takes(data):
     assert seen == {200, 201, 202, 203} and not batch["null"].any()
     one = next(LatentFeed(data, 2))
     assert one.keys() == {"latents", "text", "null", "least"} and one["latents"].shape[1] == 1
+    few = next(LatentFeed(data, 3, 7, seed=1, tails=1))["tails"]
+    assert few.shape == (3, 7, 1, 1, 2, 2, 16)
+    alike = next(LatentFeed(data, 2, 4, max_selected=1, feature=lambda prompt: np.ones(3)))
+    np.testing.assert_array_equal(
+        alike["visible"][0], [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]]
+    )
     policy = next(LatentFeed(data, 2, 4, select=last(1)))
     np.testing.assert_array_equal(policy["visible"][0], np.eye(4) + np.eye(4, k=-1) > 0)
 
@@ -183,7 +189,7 @@ def test_batches_go_through_the_loss(data, clips):
     task = ExtensionTask(given=(0.2, 0.4, 0.4), last=0.3, both=0.3,
                          memory_layers=(1, 2) if clips > 1 else None)  # fmt: skip
     loss = jax.jit(extension_loss(DIT, lambda p, ids: encode_text(p["text"], ids, TEXT), task))
-    feed = LatentFeed(data, 4, clips, tails=True)
+    feed = LatentFeed(data, 4, clips, tails=2)
     values = [float(loss(params, next(feed), jax.random.key(i))[0]) for i in range(2)]
     assert np.isfinite(values).all() and values[0] != values[1]
     assert loss._cache_size() == 1
@@ -216,8 +222,8 @@ def test_settings_that_cannot_be(data, tmp_path):
             LatentFeed(data, **{"batch": 2} | given)
     bare = write_latents(tmp_path, tails=0)
     assert "tails" not in next(LatentFeed(bare, 2))
-    with pytest.raises(InputError, match="encode the videos with --tails"):
-        LatentFeed(bare, 2, tails=True)
+    with pytest.raises(InputError, match="has 0 encoded alone; encode the videos with --tails 1"):
+        LatentFeed(bare, 2, tails=1)
     with pytest.raises(InputError, match="18 windows of 1 clips, it had 17"):
         LatentFeed(data, 2).seek({"batch": 3, "windows": 17})
 
