@@ -36,7 +36,7 @@ def train_extension(training: Training, folder: Path, seconds: float) -> bool:
     opened = open_training(training)
     data = open_dataset(opened.bundle, training.data)
     task, o = training.task, training.options
-    tails = task.last > 0 or task.both > 0
+    tails = len(task.given) - 1 if task.last or task.both else 0
     feed = LatentFeed(data, training.batch, training.clips, seed=o.seed, tails=tails)
     if unknown := [text for text in training.samples if text not in data.texts]:
         raise InputError(f"samples: the data have no prompt {unknown[0]!r}; give some of theirs")

@@ -58,6 +58,10 @@ class ExtensionTask:
     def __post_init__(self):
         if not (0 <= self.last and 0 <= self.both and self.last + self.both <= 1):
             raise InputError(f"last is {self.last}, both {self.both}; give shares of 1")
+        if min(self.given, default=-1) < 0 or abs(sum(self.given) - 1) > 1e-6:
+            raise InputError(f"given is {self.given}; give probabilities that add up to 1")
+        if len(self.given) < 2 and (self.last or self.both):
+            raise InputError(f"given is {self.given}, so none is at an end; give last=0, both=0")
 
 
 # ---- what is given -----------------------------------------------------------------
