@@ -110,6 +110,8 @@ def test_clips_are_encoded_alone_as_a_rollout_makes_them(model, videos, made):
         np.testing.assert_array_equal(latents, whole.astype(np.float16))
         np.testing.assert_array_equal(tails[:1], last.astype(np.float16))
         np.testing.assert_array_equal(tails[1:], whole.astype(np.float16))
+    for tails, after in zip(first.tails, first.latents[1:], strict=False):
+        np.testing.assert_array_equal(tails[:1], after[:1])  # the frames that clips share
     # a clip's own first frame is number 5, 9, 13, ...; the other prompt begins with frame 12
     assert first.prompts + second.prompts == [LEFT] * 3 + [UP] * 3
     assert first.least + second.least == [0, 0, 0, 1, 0, 0]
