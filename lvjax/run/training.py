@@ -93,6 +93,10 @@ class Training:
             raise InputError(f"mesh is {self.mesh}; give devices for (rows, parameters, tokens)")
         if self.clips == 1 and self.task.memory_layers is not None:
             raise InputError("task.memory_layers is given, but clips is 1; give clips=2 or more")
+        if self.task.object_weight:
+            raise InputError(
+                "task.object_weight is given; only rendered clips say where objects are"
+            )
         if not self.model or not self.data:
             missing = "data" if self.model else "model"
             raise InputError(f"{missing} is not given; add --set {missing}=FOLDER")

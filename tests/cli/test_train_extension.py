@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lvjax train` on a dataset of latents: from videos to a model that makes some, and back into the
-same folder.
-"""
+"""`lvjax train` on a dataset of latents: from videos to a model, and back into the same folder."""
 
 import dataclasses
 import json
@@ -62,7 +60,7 @@ def command(made, tmp_path):
     return build
 
 
-def test_both_stages_from_videos_to_a_video(command, made, tmp_path, capsys):
+def test_both_stages_from_videos(command, made, tmp_path, capsys):
     samples = (f"samples=({LEFT!r},)", "options.sample_every=2", "sample_seconds=1.0")
     assert main(command(1, *samples, "tensorboard=True")) == 0
     err, out = capsys.readouterr().err, tmp_path / "run1"
@@ -78,15 +76,11 @@ def test_both_stages_from_videos_to_a_video(command, made, tmp_path, capsys):
     kernel = [m.params["dit"]["head"]["linear"]["kernel"] for m in (trained, before)]
     assert not np.array_equal(*kernel)
 
-    words = ("clips=2", "adapters.rank=2", "options.accumulate=2")
+    words = ("clips=2", "adapters.rank=2")
     assert main(command(2, *words, model=out / "bundle")) == 0
     said = capsys.readouterr().out.splitlines()[-1]
     two = tmp_path / "run2"
     assert f"--model {two / 'bundle'} --lora {two / 'lora.safetensors'}" in said
-    video = tmp_path / "v.mp4"
-    made_of = ["--model", two / "bundle", "--lora", two / "lora.safetensors"]
-    asked = ["--prompt", LEFT, "--frames", "13", "--out", video, "--quiet"]
-    assert main(["generate", *map(str, (*made_of, *asked))]) == 0 and video.stat().st_size > 500
 
 
 def test_a_run_goes_on_only_as_it_was_begun(command, tmp_path, capsys, monkeypatch):

@@ -35,6 +35,7 @@ def _steps(folder):
     return pieces.read(pieces.newest(folder))[1]
 
 
+@pytest.mark.long
 def test_pieces_equal_one_run(tmp_path, monkeypatch, capsys):
     """Stopped inside a stage and gone on from the files alone, a run ends as one that was not."""
     one, two, whole = (tmp_path / n for n in ("one", "two", "whole"))
