@@ -53,8 +53,19 @@ def test_convert_and_run_wan(tmp_path, monkeypatch):
     assert (tmp_path / "fox.mp4").stat().st_size > 500
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_error_free(tmp_path, monkeypatch):
+    said = printed(executed("03_error_free", tmp_path, monkeypatch))
+    assert float(re.search(r"mean of the estimates from the sample: (\S+)", said)[1]) < 1e-5
+    apart = re.findall(r"sum and secant differ by (\S+)", said)
+    assert len(apart) == 3 and max(map(float, apart)) < 1e-5
+    full, low, window = (float(x) for x in re.findall(r"after 12 clips: (\S+)", said))
+    assert full > 3 and max(low, window) < 1.2  # what the text says of them
+    assert said.count("(25, 64, 64, 3)") == 3
+
+
 def test_every_notebook_is_run():
-    tested = {"01_quickstart", "02_convert_and_run_wan"}
+    tested = {"01_quickstart", "02_convert_and_run_wan", "03_error_free"}
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == tested
 
 

@@ -53,7 +53,6 @@ def test_a_run_prints_the_curve_and_writes_its_figures(model, tmp_path, capsys):
 
 
 def test_the_plot_is_a_picture_of_the_curve(model, tmp_path):
-    pytest.importorskip("matplotlib")
     from PIL import Image
 
     out, picture = tmp_path / "t.json", tmp_path / "t.png"
