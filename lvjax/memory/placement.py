@@ -54,6 +54,23 @@ def nothing() -> Select:
     return lambda clips, levels: []
 
 
+SELECTIONS: dict[str, Callable[[int], Select]] = {
+    "prompt": by_prompt,
+    "last": last,
+    "first_last": lambda count: first_and_last(1, count - 1),
+    "none": lambda count: nothing(),
+}
+"""Policies by name, each for the most clips that are seen; "first_last" is the first clip and the
+latest others."""
+
+
+def clips_needed(selection: str, capacity: int, max_selected: int) -> int:
+    """Slots that a bank of at most `capacity` has a use for: unless prompts decide, a clip that is
+    not seen any more never is again."""
+    most = {"prompt": capacity, "none": 1}.get(selection, max_selected + 1)
+    return min(capacity, most)
+
+
 class BankState(NamedTuple):
     """What the host keeps between clips; constant size.
 
@@ -168,24 +185,31 @@ def plan_bank(
 
 
 def place_rows(
-    banks: Iterable[BankState], embeddings: Iterable
+    banks: Iterable[BankState],
+    embeddings: Iterable,
+    delta: float = 0.02,
+    select: Select | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Place the clips of a batch as they come, each row in its own bank by `next_slot`.
 
-    banks: one per row.  embeddings: per clip [B, E], taken one at a time.
+    banks: one per row.  embeddings: per clip [B, E], taken one at a time.  delta, select: as there.
     Yields (slot int32 [B], visible bool [B, capacity]) per clip, before it asks for the next.
     """
     banks = list(banks)
     for rows in embeddings:
-        placed = [next_slot(bank, e) for bank, e in zip(banks, rows, strict=True)]
+        pairs = zip(banks, rows, strict=True)
+        placed = [next_slot(bank, e, delta=delta, select=select) for bank, e in pairs]
         banks = [bank for bank, _ in placed]
         slots = np.array([p.slot for _, p in placed], np.int32)
         yield slots, np.stack([p.visible for _, p in placed])
 
 
-def plan_rows(embeddings: Iterable, capacity: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def plan_rows(
+    embeddings: Iterable, capacity: int, delta: float = 0.02, select: Select | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """As `place_rows`, with `plan_bank`: all embeddings are taken first."""
-    plans = [plan_bank(e, capacity) for e in np.stack(list(embeddings), axis=1)]
+    rows = np.stack(list(embeddings), axis=1)
+    plans = [plan_bank(e, capacity, delta=delta, select=select) for e in rows]
     for i in range(len(plans[0].slot)):
         yield np.array([p.slot[i] for p in plans]), np.stack([p.visible[i] for p in plans])
 

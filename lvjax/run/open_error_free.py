@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lvjax.core.errors import InputError
 from lvjax.flow.schedule import make_schedule
 from lvjax.flow.truncated import steps_needed
-from lvjax.memory.placement import init_bank, place_rows, plan_rows
+from lvjax.memory.placement import SELECTIONS, clips_needed, init_bank, place_rows, plan_rows
 from lvjax.methods import ErrorFree, error_free
 from lvjax.methods.error_free import memory_layers
 from lvjax.models.config import DiTConfig
@@ -45,7 +45,7 @@ def settings(d: Defaults, request: Request) -> ErrorFree:
         solver=d.solver,
         guidance=None if request.guidance == 1 else request.guidance,
         window=d.window,
-        capacity=d.capacity,
+        capacity=capacity(d),
         layers=d.layers,
         overlap=d.overlap,
         positions=d.positions,
@@ -53,11 +53,16 @@ def settings(d: Defaults, request: Request) -> ErrorFree:
     )
 
 
+def capacity(d: Defaults) -> int:
+    """Clips in the bank."""
+    return clips_needed(d.selection, d.capacity, d.max_selected)
+
+
 def clip_work(bundle: Bundle, request: Request) -> ClipWork:
     """What a clip of a resolved request costs."""
     d, chosen = bundle.defaults, settings(bundle.defaults, request)
     passes = steps_needed(chosen.schedule.sigmas, d.window) + 1  # the last one to remember
-    kept, layers = d.capacity * d.clip_latents, d.layers or memory_layers(bundle.dit)
+    kept, layers = capacity(d) * d.clip_latents, d.layers or memory_layers(bundle.dit)
     return ClipWork(d.clip_latents, passes, d.overlap, kept, layers)
 
 
@@ -149,8 +154,12 @@ def _clips(
 
     feature = lru_cache(maxsize=1024)(prompts.feature)
     features = (np.stack([feature(p) for p in texts(i)]) for i in range(parts.clips))
-    banks = [init_bank(d.capacity, prompts.dim) for _ in request.timelines]
-    places = plan_rows(features, d.capacity) if d.lookahead else place_rows(banks, features)
+    slots, rule = capacity(d), (d.delta, SELECTIONS[d.selection](d.max_selected))
+    if d.lookahead:
+        places = plan_rows(features, slots, *rule)
+    else:
+        banks = [init_bank(slots, prompts.dim) for _ in request.timelines]
+        places = place_rows(banks, features, *rule)
     rows = NamedSharding(mesh, PartitionSpec("data"))
     for i, place in enumerate(places):
         if i >= start:
