@@ -21,7 +21,7 @@ from lvjax.core.compat import enable_compilation_cache
 from lvjax.core.errors import CheckpointError, InputError, LvjaxError
 from lvjax.io.video import FragmentedWriter, read_card
 from lvjax.run import card as cards
-from lvjax.run import job, lock, loras
+from lvjax.run import job, lock, loras, selection
 from lvjax.run import plan as plans
 from lvjax.run.adapters import for_card
 from lvjax.run.bundle import Bundle, outline
@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="where the prompts that `lvjax encode` read are now (default: as in the card)",
     )
+    add(
+        "--selection-encoder",
+        metavar="FOLDER",
+        help="where the sentence encoder of the run is now (default: as in the card)",
+    )
     drive.add_offload(parser)
     add("--overwrite", action="store_true", help="replace a video that is already there")
     add("--quiet", action="store_true", help="no plan and no progress")
@@ -57,12 +62,15 @@ def run(args) -> int:
     enable_compilation_cache()
     check_names(**{"VIDEO": args.video, "--out": args.out, "--model": args.model})
     check_names(**{"--lora": args.lora, "--embeddings": args.embeddings})
+    check_names(**{"--selection-encoder": args.selection_encoder})
     source = Path(args.video)
     card = cards.read_json(source) if source.suffix == ".json" else read_card(source)
     row = cards.check_card(card, source).get("row")
     model = cards.model_place(card["options"].get("model") if args.model is None else args.model)
     sizes, request = _resolve(card, row, model, source)
     sizes = loras.with_card(sizes, card["options"], args.lora)
+    encoder = selection.of_run(card["options"], args.selection_encoder)
+    sizes = dataclasses.replace(sizes, sentence=encoder)
     request = _with_video(sizes, request, card["options"])
     video = source.with_suffix("") if source.suffix == ".json" else source
     output = Path(args.out) if args.out is not None else video.with_name(f"{video.stem}-replay.mp4")
@@ -74,6 +82,7 @@ def run(args) -> int:
         drive.check_output(output, rows, args.overwrite)
         sizes = drive.announce(sizes, request, output, args.quiet, offload=args.offload)
         options = card["options"] | {"model": model} | for_card(sizes.loras, sizes.merged)
+        options |= selection.for_card(encoder)
         if args.embeddings is not None:
             options["embeddings"] = str(Path(args.embeddings).resolve())
         bundle = drive.load_model(sizes, request, job.embeddings_of(options))

@@ -19,7 +19,7 @@ from lvjax.core.checkpoint import load_meta
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.io.video import FragmentedWriter
 from lvjax.run import card as cards
-from lvjax.run import pictures
+from lvjax.run import pictures, selection
 from lvjax.run.adapters import for_card
 from lvjax.run.bundle import Bundle, typed
 from lvjax.run.defaults import Defaults
@@ -114,7 +114,8 @@ def options_of(
     options["last"] = pictures.to_card(request.last)
     own = {"model": model, "defaults": dataclasses.asdict(bundle.defaults)}
     own["embeddings"] = None if embeddings is None else str(Path(embeddings).resolve())
-    return options | own | for_card(bundle.loras, bundle.merged)
+    adapted = for_card(bundle.loras, bundle.merged) | selection.for_card(bundle.sentence)
+    return options | own | adapted
 
 
 def request_of(options: dict[str, Any]) -> Request:

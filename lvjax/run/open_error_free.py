@@ -94,7 +94,12 @@ def check(bundle: Bundle, request: Request) -> None:
     """Raises: InputError for a resolved request that this method or model cannot follow."""
     if len(bundle.experts) > 1:
         raise InputError(f"{bundle.name} has two experts; error_free is for models with one")
-    settings(bundle.defaults, request)
+    settings(d := bundle.defaults, request)
+    if bundle.sentence is not None and d.selection != "prompt":
+        raise InputError(
+            f"a selection encoder is given, but defaults.selection is {d.selection!r}, which "
+            "compares no prompts; leave one of them out"
+        )
     start_frames(request)
 
 

@@ -178,6 +178,8 @@ def _memory(bundle: Bundle, work: Work, batch: int, rows: int, offload: str) -> 
         "weights": weight_bytes(bundle) - away,
         "prompts": len(bundle.experts) * costs.context_bytes(bundle.dit, rows),
     }
+    if bundle.sentence is not None:  # its texts pass through it between clips, one by one
+        held["selection encoder"] = bundle.sentence.held_bytes
     held["memory of clips"] = round(BANKS * _bank_bytes(bundle, work, rows))
     phases = _phases(bundle, work, batch, rows, offload)
     most = max(phases, key=lambda phase: sum(phase.values()))

@@ -2,15 +2,26 @@
 """Clip selection on the command line: asked for, in the card, replayed, resumed, refused."""
 
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lvjax.cli.main import main
 from lvjax.io.video import read_card
 from lvjax.run.card import card_path
+from lvjax.run.sentence import open_sentence_encoder
 from tests.cli.commands import PROMPTS, generate, interrupted
+from tests.sentence_folder import sentence_folder
 
 ARGS = (*PROMPTS, "--frames", "41", "--seed", "3", "--quiet")
+STORY = (
+    *("--prompt", "a red circle moves up"),
+    *("--prompt", "the camera pans left"),
+    *("--prompt", "a red square moves down"),
+    *("--prompt", "the camera pans right"),
+    *("--frames", "53", "--quiet", "--set", "defaults.max_selected=1"),
+)
 LAST = ("--set", "defaults.selection=last", "--set", "defaults.max_selected=1")
 
 
@@ -46,3 +57,103 @@ def test_a_policy_is_in_the_card_and_followed_everywhere(model, plain, tmp_path,
     assert main(["replay", str(out), "--quiet"]) == 0
     assert digest(tmp_path / "a-replay.mp4") == digest(out) != digest(plain)
     assert read_card(plain)["options"]["defaults"]["selection"] == "prompt"
+
+
+# ---- by a sentence encoder ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return sentence_folder(tmp_path_factory.mktemp("encoder") / "tiny-minilm")
+
+
+@pytest.fixture
+def other(encoder, tmp_path):
+    """Another encoder: one number of its weights differs."""
+    folder = shutil.copytree(encoder, tmp_path / "other")
+    arrays = load_file(folder / "model.safetensors")
+    arrays["embeddings.LayerNorm.bias"][3] += 1e-3
+    save_file(arrays, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(model, encoder, tmp_path_factory):
+    """A video whose clips were selected by an encoder that lies beside it."""
+    folder = tmp_path_factory.mktemp("made")
+    shutil.copytree(encoder, folder / "encoder")
+    asked = ("--selection-encoder", str(folder / "encoder"))
+    assert generate(model, folder / "a.mp4", *STORY, *asked) == 0
+    return folder
+
+
+def test_an_encoder_is_in_the_card_and_its_choice_is_made_again(model, made, tmp_path, capsys):
+    card, out = read_card(made / "a.mp4"), tmp_path / "b.mp4"
+    sha256 = open_sentence_encoder(made / "encoder").sha256
+    asked = {"path": str(made / "encoder"), "sha256": sha256}
+    assert card["options"]["selection_encoder"] == asked
+    assert card["weights"]["selection encoder"] == sha256
+    assert main(["replay", str(made / "a.mp4"), "--out", str(out), "--quiet"]) == 0
+    assert out.read_bytes() == (made / "a.mp4").read_bytes()
+    assert "differ" not in capsys.readouterr().err
+    assert generate(model, tmp_path / "own.mp4", *STORY) == 0
+    assert digest(tmp_path / "own.mp4") != digest(made / "a.mp4")
+    assert read_card(tmp_path / "own.mp4")["options"]["selection_encoder"] is None
+
+
+def test_replay_takes_no_other_encoder(made, other, tmp_path, capsys):
+    again = ["replay", str(made / "a.mp4"), "--out", str(tmp_path / "b.mp4"), "--quiet"]
+    assert main([*again, "--selection-encoder", str(other)]) == 2
+    assert f"{other} is not the selection encoder that the run was begun" in error(capsys)
+    moved = shutil.move(made / "encoder", made / "moved")
+    try:
+        assert main(again) == 3
+        said = error(capsys)
+        assert "has no modules.json" in said and "name it with --selection-encoder" in said
+        shutil.copytree(other, made / "encoder")
+        assert main(again) == 3
+        assert f"{made / 'encoder'} is not the selection encoder that" in error(capsys)
+        assert not (tmp_path / "b.mp4").exists()
+        assert main([*again, "--selection-encoder", str(moved)]) == 0
+        assert digest(tmp_path / "b.mp4") == digest(made / "a.mp4")
+        assert read_card(tmp_path / "b.mp4")["options"]["selection_encoder"]["path"] == str(moved)
+    finally:
+        shutil.rmtree(made / "encoder", ignore_errors=True)
+        shutil.move(moved, made / "encoder")
+
+
+def test_a_run_is_resumed_by_its_own_encoder(model, made, encoder, other, tmp_path, capsys):
+    out = tmp_path / "b.mp4"
+    begun = shutil.copytree(encoder, tmp_path / "begun")
+    interrupted(model, out, 2, *STORY, "--selection-encoder", str(begun))
+    resume = ("--resume", "--out", str(out), "--quiet")
+    capsys.readouterr()
+    for args, says in (
+        (STORY, f"the run was begun with --selection-encoder {begun}; give the same"),
+        ((*STORY, "--selection-encoder", str(other)), f"{other} is not the selection encoder"),
+        (("--selection-encoder", str(other)), f"{other} is not the selection encoder"),
+    ):
+        assert main(["generate", "--model", model, *resume, *args]) == 2
+        assert says in error(capsys)
+    shutil.rmtree(begun)
+    assert main(["generate", *resume]) == 3
+    assert "moved? name it with --selection-encoder" in error(capsys)
+    assert main(["generate", *resume, "--selection-encoder", str(encoder)]) == 0
+    assert digest(out) == digest(made / "a.mp4")
+    assert main(["generate", *resume]) == 0  # complete: nothing of it is needed
+    assert main(["generate", *resume, "--selection-encoder", str(other)]) == 2
+
+
+def test_a_run_without_an_encoder_takes_none(model, plain, encoder, tmp_path, capsys):
+    place = ("--selection-encoder", str(encoder))
+    assert main(["replay", str(plain), "--out", str(tmp_path / "b.mp4"), *place]) == 2
+    assert "was begun with no selection encoder; leave" in error(capsys)
+    assert generate(model, tmp_path / "c.mp4", *ARGS, *LAST, *place) == 2
+    assert "defaults.selection is 'last', which compares no prompts" in error(capsys)
+    for damaged in ({"path": 3, "sha256": "0"}, {"path": "x"}, ["x"], "x"):
+        card = read_card(plain)
+        card["options"]["selection_encoder"] = damaged
+        (tmp_path / "x.mp4.json").write_text(json.dumps(card))
+        assert main(["replay", str(tmp_path / "x.mp4.json"), *place]) == 3
+        assert "the selection encoder in the run card cannot be read" in error(capsys)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.mp4.json"]

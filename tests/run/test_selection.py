@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 
 import lvjax
-from lvjax.core.errors import InputError
+from lvjax.core.errors import CheckpointError, InputError
 from lvjax.run import open_error_free
+from lvjax.run.encoders import open_prompts
 from lvjax.run.plan import make_plan, work_of
 from lvjax.run.request import Request
+from lvjax.run.selection import with_encoder
+from lvjax.run.sentence import features
+from lvjax.run.session import OPENINGS
+from lvjax.run.weights import save
+from tests.sentence_folder import sentence_folder, their_model
 from tests.tiny import relative, tiny_bundle
 
 COLOURS = ("red", "green", "blue", "cyan")
@@ -135,3 +141,64 @@ def test_a_policy_that_there_is_not(bundle, change, says):
     with pytest.raises(InputError) as e:
         choosing(bundle, **change)
     assert str(e.value).startswith(says) and "\n" not in str(e.value)
+
+
+# ---- by a sentence encoder ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return sentence_folder(tmp_path_factory.mktemp("encoder") / "tiny-minilm")
+
+
+def by_rule(vectors: np.ndarray, most: int, delta: float = 0.02) -> list[set[int]]:
+    """The paper's rule over vectors of clips in order, in a bank without an end."""
+    units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    near = np.round(units.astype(np.float64) @ units.T / delta)
+    return [
+        set(sorted(range(j), key=lambda i, j=j: (-near[i, j], i))[:most])
+        for j in range(len(vectors))
+    ]
+
+
+def test_a_sentence_encoder_decides_what_is_similar(bundle, encoder):
+    own = choosing(bundle, max_selected=2, capacity=14)
+    asked = with_encoder(own, encoder)
+    prompts = [text for _, text in timeline(STORY)[0]]
+    vectors = features(asked.sentence, prompts)
+    assert seen(asked) == by_rule(vectors, 2) != seen(own)
+    assert seen(asked, start=5) == seen(asked)
+    opened = open_prompts(asked, prompts)
+    assert opened.dim == 32 and bundle.dit.text_dim == 16
+    np.testing.assert_array_equal(opened.feature(prompts[0]), vectors[0])
+    np.testing.assert_array_equal(
+        opened.rows((prompts[0],)), open_prompts(own, prompts).rows((prompts[0],))
+    )
+    moments, frames = timeline("ABA")
+    for lookahead in (False, True):
+        few = choosing(asked, capacity=2, lookahead=lookahead)
+        assert len(list(lvjax.prepare(few, moments, num_frames=frames).clips(0))) == 3
+
+
+def test_load_takes_an_encoder_and_the_plan_counts_it(bundle, encoder, tmp_path):
+    save(tmp_path, bundle)
+    plain, asked = lvjax.load(tmp_path), lvjax.load(tmp_path, selection_encoder=encoder)
+    assert asked.hashes == plain.hashes | {"selection encoder": asked.sentence.sha256}
+    assert asked.sentence.name == "tiny-minilm" and plain.sentence is None
+    work = work_of(Request((((0.0, "left"),),), 41), bundle)
+    a, b = (make_plan(model, work) for model in (plain, asked))
+    size = sum(a.numel() * 4 for name, a in their_model().state_dict().items() if is_used(name))
+    assert b.memory == a.memory | {"selection encoder": size}
+    with pytest.raises(InputError, match="wan remembers no clips"):
+        OPENINGS["wan"].check(asked, Request((((0.0, "left"),),), 41))
+    for wrong in (3, "", "a\0b", ["x"]):
+        with pytest.raises(InputError, match="the selection encoder is") as e:
+            lvjax.load(tmp_path, selection_encoder=wrong)
+        assert "\n" not in str(e.value)
+    with pytest.raises(CheckpointError, match="has no modules.json"):
+        lvjax.load(tmp_path, selection_encoder=tmp_path)
+
+
+def is_used(name: str) -> bool:
+    """Whether an array of BERT's takes part in features; that of the pooler does not."""
+    return not name.startswith("pooler") and not name.endswith("position_ids")
