@@ -224,7 +224,8 @@ def prepare(bundle: Bundle, prompt, **options) -> Session:
     prompt: one prompt; a list of prompts, spread evenly over the video; or a timeline [(seconds,
       prompt), ...].  A batch is a list of such lists or timelines.
     options: the fields of `Options`.
-    Raises: InputError with the nearest legal values; DoesNotFitError with settings that fit.
+    Raises: InputError with the nearest legal values; DoesNotFitError with settings that fit;
+      StorageError where the clips that leave the memory do not fit on the disk.
     """
     check_bundle(bundle)
     names = [f.name for f in dataclasses.fields(Options)]
@@ -237,6 +238,7 @@ def prepare(bundle: Bundle, prompt, **options) -> Session:
     work = plans.work_of(request, bundle)
     plan = plans.propose(bundle, work, o.offload)
     plans.check_memory(plan, bundle, work, o.offload)
+    plans.check_temporary(plan)
     session = open_session(dataclasses.replace(bundle, offload=plan.offload), request)
     notices = (*bundle.notices, *notices, *session.notices)
     session = dataclasses.replace(session, notices=notices)

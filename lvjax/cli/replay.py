@@ -28,6 +28,7 @@ from lvjax.run.bundle import Bundle, outline
 from lvjax.run.pictures import as_bits
 from lvjax.run.request import Request
 from lvjax.run.session import check_settings, open_session
+from lvjax.run.spill import check_place
 from lvjax.run.state import chain
 
 
@@ -140,13 +141,17 @@ def _one_of_batch(
     d = bundle.defaults
     height, width = request.size
     size = (width * d.upscale, height * d.upscale)
+    if d.spill:
+        check_place(output)
 
     def clips(stop) -> Iterator[job.Progress]:
         session, digest, frames = open_session(bundle, request), "", 0
+        files = job.clip_files(output, card)
+        files.clear()  # of an interrupted one
         for old in (cards.card_path(output), job.state_path(output)):
             old.unlink(missing_ok=True)  # of the video that this one replaces
         with FragmentedWriter(output, size, d.fps, card | {"row": row}) as writer:
-            for result in session.run():
+            for result in session.run(files=files):
                 writer.write_clip(job.enlarge(result.frames[row], d.upscale))
                 digest = chain(digest, result.latents)
                 frames += result.frames.shape[1]
@@ -157,4 +162,7 @@ def _one_of_batch(
                     return
         cards.write_card(output, card | {"row": row, "latents": digest})
 
-    return drive.follow(clips, [output], 0, "replay again with --overwrite", quiet)
+    try:
+        return drive.follow(clips, [output], 0, "replay again with --overwrite", quiet)
+    finally:
+        job.clip_files(output, card).clear()

@@ -11,6 +11,7 @@ from lvjax.cli.main import main
 from lvjax.io.video import read_card
 from lvjax.run.card import card_path
 from lvjax.run.sentence import open_sentence_encoder
+from lvjax.run.spill import ClipFiles
 from tests.cli.commands import PROMPTS, generate, interrupted
 from tests.sentence_folder import sentence_folder
 
@@ -157,3 +158,61 @@ def test_a_run_without_an_encoder_takes_none(model, plain, encoder, tmp_path, ca
         assert main(["replay", str(tmp_path / "x.mp4.json"), *place]) == 3
         assert "the selection encoder in the run card cannot be read" in error(capsys)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.mp4.json"]
+
+
+# ---- clips that leave the memory ---------------------------------------------------
+
+
+SPILL = (*("--set", "defaults.capacity=2"), *("--set", "defaults.spill=True"))
+RETURNS = (
+    *(word for colour in ("red", "blue", "green") * 2 for word in ("--prompt", f"a {colour}")),
+    *("--frames", "77", "--quiet", "--set", "defaults.max_selected=1"),
+)
+
+
+def folder_of(out):
+    return out.with_name(f"{out.name}.clips")
+
+
+def test_clips_that_leave_the_memory_come_back(model, tmp_path, capsys):
+    whole, cut = tmp_path / "whole.mp4", tmp_path / "cut.mp4"
+    assert generate(model, whole, *RETURNS, *SPILL) == 0 and not folder_of(whole).exists()
+    assert generate(model, tmp_path / "lost.mp4", *RETURNS, *SPILL[:2]) == 0
+    assert digest(whole) != digest(tmp_path / "lost.mp4")
+    interrupted(model, cut, 4, *RETURNS, *SPILL)
+    green = folder_of(cut) / "000000-00000002.safetensors"  # the last clip sees it again
+    kept = green.read_bytes()
+    green.unlink()
+    resume = ["generate", "--resume", "--out", str(cut), "--quiet"]
+    capsys.readouterr()
+    assert main(resume) == 3
+    assert f"{green}, which is not there" in error(capsys)
+    green.write_bytes(kept)
+    assert main(resume) == 0 and digest(cut) == digest(whole) and not folder_of(cut).exists()
+    assert main(["replay", str(whole), "--quiet"]) == 0
+    assert (tmp_path / "whole-replay.mp4").read_bytes() == whole.read_bytes()
+
+
+def test_one_video_of_a_batch_leaves_no_clips_behind(model, tmp_path, monkeypatch):
+    saved, original = [], ClipFiles.save
+
+    def save(self, *args):
+        saved.append(self.folder)
+        original(self, *args)
+
+    monkeypatch.setattr(ClipFiles, "save", save)
+    assert generate(model, tmp_path / "b.mp4", *RETURNS, *SPILL, "--num-videos", "2") == 0
+    out = tmp_path / "c.mp4"
+    assert main(["replay", str(tmp_path / "b-001.mp4"), "--out", str(out), "--quiet"]) == 0
+    assert out.read_bytes() == (tmp_path / "b-001.mp4").read_bytes()
+    assert set(saved) == {folder_of(tmp_path / "b.mp4"), folder_of(out)} and len(saved) >= 8
+    there = ["b-000.mp4", "b-001.mp4", "b.mp4.json", "c.mp4", "c.mp4.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == there
+
+
+def test_a_file_where_clips_would_go(model, tmp_path, capsys):
+    out = tmp_path / "a.mp4"
+    folder_of(out).write_text("precious")
+    assert generate(model, out, *RETURNS, *SPILL) == 2
+    assert "is no folder; move it away" in error(capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4.clips"]
