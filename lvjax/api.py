@@ -29,6 +29,7 @@ from lvjax.run.job import enlarge
 from lvjax.run.loras import filled, with_lora, with_strength, without_lora
 from lvjax.run.machine import device_memory
 from lvjax.run.request import MAX_SIDE, Request, check_bundle, check_size, frame_count, spread
+from lvjax.run.selection import with_encoder
 from lvjax.run.session import (
     ClipResult,
     Session,
@@ -63,6 +64,7 @@ def load(
     lora=None,
     merge: bool = False,
     offload: str = "auto",
+    selection_encoder: str | Path | None = None,
 ) -> Bundle:
     """A model with its weights.
 
@@ -74,13 +76,16 @@ def load(
     offload: where the transformers' weights are kept: "none", on the device; "layers" or "expert",
       in the host's memory, from where `generate` brings them as its own `offload` says; "auto",
       there if they would fill more than half of the device.
+    selection_encoder: the folder of a sentence encoder of sentence-transformers, as
+      all-MiniLM-L6-v2, by which clips are selected that have similar prompts; None for the model's
+      own text encoder.
     Raises: CheckpointError when a file is missing, damaged, or does not match the model's spec;
       and as `with_lora`.
     """
     _check_offload(offload)
     if not isinstance(dtype, str | None):
         raise InputError(f"dtype is {shown(dtype)}; give 'bfloat16', 'float32' or None")
-    model = with_lora(typed(outline(name), dtype), lora, merge)
+    model = with_encoder(with_lora(typed(outline(name), dtype), lora, merge), selection_encoder)
     if offload == "auto":
         offload = "layers" if 2 * weight_bytes(model) > device_memory() else "none"
     check_offload(offload, model.defaults.method)
@@ -219,7 +224,8 @@ def prepare(bundle: Bundle, prompt, **options) -> Session:
     prompt: one prompt; a list of prompts, spread evenly over the video; or a timeline [(seconds,
       prompt), ...].  A batch is a list of such lists or timelines.
     options: the fields of `Options`.
-    Raises: InputError with the nearest legal values; DoesNotFitError with settings that fit.
+    Raises: InputError with the nearest legal values; DoesNotFitError with settings that fit;
+      StorageError where the clips that leave the memory do not fit on the disk.
     """
     check_bundle(bundle)
     names = [f.name for f in dataclasses.fields(Options)]
@@ -232,6 +238,7 @@ def prepare(bundle: Bundle, prompt, **options) -> Session:
     work = plans.work_of(request, bundle)
     plan = plans.propose(bundle, work, o.offload)
     plans.check_memory(plan, bundle, work, o.offload)
+    plans.check_temporary(plan)
     session = open_session(dataclasses.replace(bundle, offload=plan.offload), request)
     notices = (*bundle.notices, *notices, *session.notices)
     session = dataclasses.replace(session, notices=notices)

@@ -15,7 +15,7 @@ from lvjax.core.compat import enable_compilation_cache
 from lvjax.core.errors import CheckpointError, InputError, one_line
 from lvjax.methods import METHODS
 from lvjax.run import card as cards
-from lvjax.run import job, lock, loras
+from lvjax.run import job, lock, loras, selection
 from lvjax.run.adapters import of_card, parse
 from lvjax.run.bundle import Bundle, outline, typed
 from lvjax.run.presets import SIZES
@@ -44,6 +44,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "model": TEXT,
     "lora": (str | list | tuple, "text, or a list of texts"),
     "merge_lora": (bool, "True or False"),
+    "selection_encoder": TEXT,
 }
 """Settings of a video, on the command line and in a config: type, and the same in words."""
 
@@ -53,10 +54,10 @@ LISTS = ("prompt", "lora")
 INPUTS = ("image", "last_image", "video")
 """Settings that are files, whose hashes the card holds."""
 
-FILES = (*INPUTS, "timeline", "prompt_file", "embeddings", "model", "lora")
+FILES = (*INPUTS, "timeline", "prompt_file", "embeddings", "model", "lora", "selection_encoder")
 """Settings that name files or folders."""
 
-PLACES = ("model", "lora", "embeddings")
+PLACES = ("model", "lora", "embeddings", "selection_encoder")
 """Settings that say where files are; they may have moved when a run is resumed."""
 
 
@@ -107,6 +108,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     merge = "add the LoRAs to the weights instead, which takes no time per step"
     add("--merge-lora", action="store_const", const=True, help=merge)
+    add(
+        "--selection-encoder",
+        metavar="FOLDER",
+        help="a sentence encoder, as all-MiniLM-L6-v2, by which clips with similar prompts are "
+        "selected (default: the model's own text encoder)",
+    )
     drive.add_offload(parser)
     add("--config", help="a config file or name with any of these settings")
     add(
@@ -134,7 +141,7 @@ def run(args) -> int:
 def _start(args, options: dict, output: Path) -> int:
     """Read the inputs, plan, and make a new video or batch of videos."""
     model = cards.model_place(options["model"])
-    sizes = _outline(model, options)
+    sizes = selection.with_encoder(_outline(model, options), options["selection_encoder"])
     request, notices = make_request(sizes, options)
     rows = len(request.timelines)
     drive.check_start(output, rows)
@@ -154,8 +161,8 @@ def _start(args, options: dict, output: Path) -> int:
 def _resume(args, options: dict, output: Path) -> int | None:
     """Go on with the unfinished run of `output`; None when nothing was begun there.
 
-    Settings beside --resume must be those of the run, all of them; --model, --lora and --embeddings
-    alone say where its files are now.
+    Settings beside --resume must be those of the run, all of them; `PLACES` alone say where its
+    files are now.
     Raises: InputError when settings differ or, unless the run is complete, weights.
     """
     with ExitStack() as held:
@@ -174,19 +181,22 @@ def _resume(args, options: dict, output: Path) -> int | None:
         rows = set(job.outputs(output, len(request.timelines)))
         held.enter_context(lock.hold(rows - {output}))
         model = cards.model_place(options["model"] or card["options"].get("model"))
-        given = _given(args)
+        given, place = _given(args), options["selection_encoder"]
         if not given:  # --lora says where files are now, not how they are used
             options = options | {"merge_lora": of_card(card["options"])[1]}
         changed = _outline(model, options) if given or options["lora"] else None
         if given:
             _check_same(card, changed, model, options)
+            selection.check_given(card["options"], place)
         if changed is not None:
             loras.check_same(changed, card["options"])
+        if not complete or place is not None:
+            encoder = selection.of_run(card["options"], place)
         if complete:
             print(f"{one_line(job.videos(output)[0])} is already complete")
             return 0
         sizes = changed or loras.with_card(outline(model), card["options"])
-        sizes = job.with_defaults(sizes, card)
+        sizes = dataclasses.replace(job.with_defaults(sizes, card), sentence=encoder)
         _check_saved(sizes, request, output)
         cards.check_place(output)
         at = job.position(output)[0]

@@ -21,13 +21,14 @@ from lvjax.core.compat import enable_compilation_cache
 from lvjax.core.errors import CheckpointError, InputError, LvjaxError
 from lvjax.io.video import FragmentedWriter, read_card
 from lvjax.run import card as cards
-from lvjax.run import job, lock, loras
+from lvjax.run import job, lock, loras, selection
 from lvjax.run import plan as plans
 from lvjax.run.adapters import for_card
 from lvjax.run.bundle import Bundle, outline
 from lvjax.run.pictures import as_bits
 from lvjax.run.request import Request
 from lvjax.run.session import check_settings, open_session
+from lvjax.run.spill import check_place
 from lvjax.run.state import chain
 
 
@@ -48,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="where the prompts that `lvjax encode` read are now (default: as in the card)",
     )
+    add(
+        "--selection-encoder",
+        metavar="FOLDER",
+        help="where the sentence encoder of the run is now (default: as in the card)",
+    )
     drive.add_offload(parser)
     add("--overwrite", action="store_true", help="replace a video that is already there")
     add("--quiet", action="store_true", help="no plan and no progress")
@@ -57,12 +63,15 @@ def run(args) -> int:
     enable_compilation_cache()
     check_names(**{"VIDEO": args.video, "--out": args.out, "--model": args.model})
     check_names(**{"--lora": args.lora, "--embeddings": args.embeddings})
+    check_names(**{"--selection-encoder": args.selection_encoder})
     source = Path(args.video)
     card = cards.read_json(source) if source.suffix == ".json" else read_card(source)
     row = cards.check_card(card, source).get("row")
     model = cards.model_place(card["options"].get("model") if args.model is None else args.model)
     sizes, request = _resolve(card, row, model, source)
     sizes = loras.with_card(sizes, card["options"], args.lora)
+    encoder = selection.of_run(card["options"], args.selection_encoder)
+    sizes = dataclasses.replace(sizes, sentence=encoder)
     request = _with_video(sizes, request, card["options"])
     video = source.with_suffix("") if source.suffix == ".json" else source
     output = Path(args.out) if args.out is not None else video.with_name(f"{video.stem}-replay.mp4")
@@ -74,6 +83,7 @@ def run(args) -> int:
         drive.check_output(output, rows, args.overwrite)
         sizes = drive.announce(sizes, request, output, args.quiet, offload=args.offload)
         options = card["options"] | {"model": model} | for_card(sizes.loras, sizes.merged)
+        options |= selection.for_card(encoder)
         if args.embeddings is not None:
             options["embeddings"] = str(Path(args.embeddings).resolve())
         bundle = drive.load_model(sizes, request, job.embeddings_of(options))
@@ -131,13 +141,17 @@ def _one_of_batch(
     d = bundle.defaults
     height, width = request.size
     size = (width * d.upscale, height * d.upscale)
+    if d.spill:
+        check_place(output)
 
     def clips(stop) -> Iterator[job.Progress]:
         session, digest, frames = open_session(bundle, request), "", 0
+        files = job.clip_files(output, card)
+        files.clear()  # of an interrupted one
         for old in (cards.card_path(output), job.state_path(output)):
             old.unlink(missing_ok=True)  # of the video that this one replaces
         with FragmentedWriter(output, size, d.fps, card | {"row": row}) as writer:
-            for result in session.run():
+            for result in session.run(files=files):
                 writer.write_clip(job.enlarge(result.frames[row], d.upscale))
                 digest = chain(digest, result.latents)
                 frames += result.frames.shape[1]
@@ -148,4 +162,7 @@ def _one_of_batch(
                     return
         cards.write_card(output, card | {"row": row, "latents": digest})
 
-    return drive.follow(clips, [output], 0, "replay again with --overwrite", quiet)
+    try:
+        return drive.follow(clips, [output], 0, "replay again with --overwrite", quiet)
+    finally:
+        job.clip_files(output, card).clear()

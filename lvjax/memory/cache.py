@@ -10,6 +10,8 @@ Every row of a batch has its own slots, sees its own selection, and so gets what
 Which slots a clip gets and which it sees is decided in placement.py.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -237,6 +239,43 @@ def commit(cache: KVCache, past: Past, keys, start_frame_slot, frames) -> KVCach
         frame=mark(cache.frame, start),
         next_frame=frames[-1] + 1,
     )
+
+
+def read_clip(cache: KVCache, slot, frames: int) -> dict[str, jax.Array]:
+    """What is remembered of one clip in each row: k, v [layers, B, L, N, D] and frame [B, T].
+
+    slot: int32 [B], or [] for all rows, in clips of T = `frames` frame slots.
+    """
+    start = _per_row(slot, cache.frame.shape[0]) * frames
+
+    def rows(a, at, size: int, axis: int):
+        cut = partial(lax.dynamic_slice_in_dim, slice_size=size, axis=axis)
+        return jax.vmap(cut, (axis, 0), axis)(a, at)
+
+    tokens = cache.frame_tokens
+    k, v = (rows(a, start * tokens, frames * tokens, 1) for a in (cache.k, cache.v))
+    return {"k": k, "v": v, "frame": rows(cache.frame, start, frames, 0)}
+
+
+def write_clip(cache: KVCache, slot, clip: dict[str, jax.Array], rows) -> KVCache:
+    """The cache with what `read_clip` gave in a clip slot, of the rows for which `rows`, bool [B],
+    is true; in place where the cache is donated.
+    """
+    batch, frames = clip["frame"].shape
+    slot = _per_row(slot, batch)
+    there, start = read_clip(cache, slot, frames), slot * frames
+    k, v = (
+        write_rows(
+            old,
+            jnp.where(rows[None, :, None, None, None], clip[name], there[name]),
+            0,
+            start * cache.frame_tokens,
+        )
+        for name, old in (("k", cache.k), ("v", cache.v))
+    )
+    frame = jnp.where(rows[:, None], clip["frame"], there["frame"])
+    mark = jax.vmap(lambda row, own, at: lax.dynamic_update_slice(row, own, (at,)))
+    return cache.replace(k=k, v=v, frame=mark(cache.frame, frame, start))
 
 
 def _per_row(slot, batch: int):

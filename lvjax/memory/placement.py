@@ -54,6 +54,23 @@ def nothing() -> Select:
     return lambda clips, levels: []
 
 
+SELECTIONS: dict[str, Callable[[int], Select]] = {
+    "prompt": by_prompt,
+    "last": last,
+    "first_last": lambda count: first_and_last(1, count - 1),
+    "none": lambda count: nothing(),
+}
+"""Policies by name, each for the most clips that are seen; "first_last" is the first clip and the
+latest others."""
+
+
+def clips_needed(selection: str, capacity: int, max_selected: int) -> int:
+    """Slots that a bank of at most `capacity` has a use for: unless prompts decide, a clip that is
+    not seen any more never is again."""
+    most = {"prompt": capacity, "none": 1}.get(selection, max_selected + 1)
+    return min(capacity, most)
+
+
 class BankState(NamedTuple):
     """What the host keeps between clips; constant size.
 
@@ -117,7 +134,7 @@ def next_slot(
     is not changed) and the placement.
     """
     choose = by_prompt(max_selected) if select is None else select
-    e = _unit(embedding, bank.embedding.shape[1])
+    e = unit(embedding, bank.embedding.shape[1])
     slot = _free_slot(bank)
     if slot is None:
         slot = _evict(bank, _ranks(bank, e, delta, choose), delta)
@@ -143,7 +160,7 @@ def plan_bank(
         raise InputError(f"embeddings has shape {embeddings.shape}; expected [K, E]")
     choose = by_prompt(max_selected) if select is None else select
     units = (
-        np.stack([_unit(e, embeddings.shape[1]) for e in embeddings])
+        np.stack([unit(e, embeddings.shape[1]) for e in embeddings])
         if len(embeddings)
         else embeddings
     )
@@ -168,36 +185,51 @@ def plan_bank(
 
 
 def place_rows(
-    banks: Iterable[BankState], embeddings: Iterable
+    banks: Iterable[BankState],
+    embeddings: Iterable,
+    delta: float = 0.02,
+    select: Select | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Place the clips of a batch as they come, each row in its own bank by `next_slot`.
 
-    banks: one per row.  embeddings: per clip [B, E], taken one at a time.
+    banks: one per row.  embeddings: per clip [B, E], taken one at a time.  delta, select: as there.
     Yields (slot int32 [B], visible bool [B, capacity]) per clip, before it asks for the next.
     """
     banks = list(banks)
     for rows in embeddings:
-        placed = [next_slot(bank, e) for bank, e in zip(banks, rows, strict=True)]
+        pairs = zip(banks, rows, strict=True)
+        placed = [next_slot(bank, e, delta=delta, select=select) for bank, e in pairs]
         banks = [bank for bank, _ in placed]
-        slots = np.array([p.slot for _, p in placed], np.int32)
-        yield slots, np.stack([p.visible for _, p in placed])
+        yield stacked([p for _, p in placed])
 
 
-def plan_rows(embeddings: Iterable, capacity: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def stacked(rows: list[Placement]) -> tuple[np.ndarray, np.ndarray]:
+    """The placements of a batch: slot int32 [B], visible bool [B, capacity]."""
+    return np.array([p.slot for p in rows], np.int32), np.stack([p.visible for p in rows])
+
+
+def plan_rows(
+    embeddings: Iterable, capacity: int, delta: float = 0.02, select: Select | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """As `place_rows`, with `plan_bank`: all embeddings are taken first."""
-    plans = [plan_bank(e, capacity) for e in np.stack(list(embeddings), axis=1)]
+    rows = np.stack(list(embeddings), axis=1)
+    plans = [plan_bank(e, capacity, delta=delta, select=select) for e in rows]
     for i in range(len(plans[0].slot)):
         yield np.array([p.slot[i] for p in plans]), np.stack([p.visible[i] for p in plans])
 
 
-def _unit(embedding, width: int) -> np.ndarray:
+def unit(embedding, width: int) -> np.ndarray:
+    """An embedding [width] in float64, of unit length.
+
+    Raises: InputError unless it is one.
+    """
     e = np.asarray(embedding, np.float64)
     if e.shape != (width,) or not np.all(np.isfinite(e)):
         raise InputError(f"prompt embedding of shape {e.shape}; expected [{width}] finite numbers")
     return e / max(float(np.sqrt((e * e).sum())), 1e-12)
 
 
-def _levels(embeddings: np.ndarray, e: np.ndarray, delta: float) -> np.ndarray:
+def nearness(embeddings: np.ndarray, e: np.ndarray, delta: float) -> np.ndarray:
     """Cosine in whole units of delta; summed row by row, so that it does not depend on how many
     rows there are."""
     return np.round(np.round((embeddings * e).sum(-1), 9) / delta).astype(np.int64)
@@ -212,7 +244,7 @@ def _in_order(bank: BankState, without: int | None = None) -> np.ndarray:
 def _select(bank: BankState, slots: np.ndarray, e, delta: float, choose: Select) -> np.ndarray:
     """The slots among `slots` that a clip of embedding e selects, best first."""
     return (
-        slots[choose(bank.clip[slots], _levels(bank.embedding[slots], e, delta))]
+        slots[choose(bank.clip[slots], nearness(bank.embedding[slots], e, delta))]
         if len(slots)
         else slots
     )
@@ -236,9 +268,9 @@ def _evict(
     bank: BankState, rank: np.ndarray, delta: float, allowed: np.ndarray | None = None
 ) -> int:
     """The slot to take, by the rule in `next_slot`, among those allowed."""
-    same = _levels(np.ones((1, 1)), np.ones(1), delta)[0]
+    same = nearness(np.ones((1, 1)), np.ones(1), delta)[0]
     shadow = [
-        np.sum((_levels(bank.embedding, e, delta) == same) & (bank.clip < clip))
+        np.sum((nearness(bank.embedding, e, delta) == same) & (bank.clip < clip))
         for e, clip in zip(bank.embedding, bank.clip, strict=True)
     ]
     order = np.lexsort((bank.clip, bank.used, -np.array(shadow), -rank))
@@ -265,7 +297,7 @@ def _wanted(units: np.ndarray, delta: float, choose: Select) -> list[list[tuple[
     in order of time."""
     wanted: list[list[tuple[int, int]]] = [[] for _ in units]
     for j in range(1, len(units)):
-        for rank, i in enumerate(choose(np.arange(j), _levels(units[:j], units[j], delta))):
+        for rank, i in enumerate(choose(np.arange(j), nearness(units[:j], units[j], delta))):
             wanted[i].append((j, rank))
     return wanted
 

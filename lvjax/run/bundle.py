@@ -44,6 +44,7 @@ from lvjax.models.umt5 import UMT5Config
 from lvjax.run.adapters import Adapter
 from lvjax.run.defaults import Defaults
 from lvjax.run.presets import PRESETS, preset_of, presets_of
+from lvjax.run.sentence import SentenceEncoder
 
 OWN = {"dit": DiTConfig, "vae": VAEConfig, "text": PocketTextConfig}  # described in model.json
 MODEL, TOKENIZER = "model.json", "tokenizer.json"
@@ -58,14 +59,15 @@ class Bundle:
     parts: the files of every part, to read what is not held.  folder: where they are, and the
       tokenizer of UMT5.
     embeddings: rows of prompts that were encoded before, {prompt: float32 [M, D]}.
-    hashes: sha256 by part, of its sizes and the checksums of its arrays; and of every LoRA.  None
-      of UMT5: of what it is used for, a run card has the rows.
+    hashes: sha256 by part, of its sizes and the checksums of its arrays; and of every LoRA, and of
+      `sentence`.  None of UMT5: of what it is used for, a run card has the rows.
     loras: what changes the transformers, in order.  merged: whether it is added up with their
       weights, or kept beside them.
     base: trees by part as they are without LoRAs, where they are in memory.
     offload: where the blocks of the transformers wait while a session runs: "none" on the devices;
       in the host's memory, from where "layers" brings a layer at a time, and "expert" a transformer
       for its steps.
+    sentence: what clip selection compares prompts by; None for the text encoder.
     left_out: a line on each file in the folder that could have been a part and is none.
     """
 
@@ -84,6 +86,7 @@ class Bundle:
     merged: bool = False
     base: Mapping[str, Any] = field(default_factory=dict, repr=False)
     offload: str = "none"
+    sentence: SentenceEncoder | None = field(default=None, repr=False)
     left_out: tuple[str, ...] = ()
 
     @property

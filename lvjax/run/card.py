@@ -36,6 +36,11 @@ def make_card(
     }
 
 
+def identity(card: dict[str, Any]) -> str:
+    """sha256 of a card: what tells the files of a run from those of others."""
+    return hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+
+
 def versions() -> dict[str, Any]:
     """Of everything that decides how numbers are rounded: packages, Python and devices."""
     packages = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "numpy")} | {

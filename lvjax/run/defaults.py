@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lvjax.core.errors import InputError
 from lvjax.flow.solvers import SOLVERS
+from lvjax.memory.placement import SELECTIONS
 from lvjax.methods import METHODS
 from lvjax.rollout.clipwise import POSITIONS
 from lvjax.rollout.condition import FILLS
@@ -43,6 +44,10 @@ ALLOWED = {
     "positions": (lambda x: x in tuple(POSITIONS), f"one of {', '.join(POSITIONS)}"),
     "fill": (lambda x: x in FILLS, f"one of {', '.join(FILLS)}"),
     "capacity": (_whole, "a whole number from 1"),
+    "selection": (lambda x: x in tuple(SELECTIONS), f"one of {', '.join(SELECTIONS)}"),
+    "max_selected": (_whole, "a whole number from 1"),
+    "delta": (lambda x: _real(x, 1e-6, 2), "a number from 0.000001 to 2, for example 0.02"),
+    "spill": (lambda x: type(x) is bool, "True or False"),
     "layers": (
         lambda x: x is None or (_pair(x, lambda y: _whole(y, 0)) and x[0] < x[1]),
         "None or (first, last) with 0 <= first < last",
@@ -67,6 +72,11 @@ class Defaults:
     steps, shift, solver, guidance, window: the sampler.  upscale: whole-number enlargement of what
       is shown.
     positions, fill, capacity: see `methods.error_free`.
+    selection: which earlier clips a clip sees, at most `max_selected` of them: those with the most
+      similar prompts "prompt", the "last", the first and the last "first_last", or "none".
+    delta: how close the cosines of two prompts must be to count as equal, see `memory.placement`.
+    spill: keep the clips that leave the bank in files, from where one that is selected comes back:
+      every clip sees what it would see in a bank without an end.
     lookahead: choose what the bank keeps by the whole timeline.  A later prompt can then change
       what earlier clips remember, and so their pictures (never their prompts).
     method: a name in `methods.METHODS`.  negative: the prompt that guidance leads away from.
@@ -86,6 +96,10 @@ class Defaults:
     positions: str = "relative"
     fill: str = "position"
     capacity: int = 6
+    selection: str = "prompt"
+    max_selected: int = 5
+    delta: float = 0.02
+    spill: bool = False
     layers: tuple[int, int] | None = None
     upscale: int = 6
     lookahead: bool = False
@@ -104,3 +118,18 @@ class Defaults:
                 f"defaults.overlap is {self.overlap}, clip_latents {self.clip_latents}; give an "
                 f"overlap from 1 to {self.clip_latents - 1}, or longer clips"
             )
+        if self.spill and (why := self._no_spill()):
+            raise InputError(f"defaults.spill is True, {why}")
+
+    def _no_spill(self) -> str | None:
+        """What speaks against files for clips that leave the bank, if anything."""
+        if self.selection != "prompt":
+            return f"selection {self.selection!r}, which never goes back to a clip; leave spill out"
+        if self.lookahead:
+            return "and with it no clip is lost that lookahead could keep; leave lookahead out"
+        if self.capacity <= self.max_selected:
+            return (
+                f"capacity {self.capacity}; a clip and the {self.max_selected} that it may see "
+                f"need at least {self.max_selected + 1}"
+            )
+        return None

@@ -25,6 +25,7 @@ from lvjax.models import pocket_text, umt5
 from lvjax.models.image_encoder import encode_image
 from lvjax.models.pocket_text import PocketTextConfig
 from lvjax.run.bundle import Bundle
+from lvjax.run.sentence import features
 from lvjax.run.timeline import short, word_notices
 from lvjax.run.weights import stored_hash
 
@@ -43,12 +44,18 @@ class Prompts(NamedTuple):
 
 
 def open_prompts(bundle: Bundle, texts: Iterable[str]) -> Prompts:
-    """Get ready for these texts.
+    """Get ready for these texts; what clip selection compares is of the bundle's sentence encoder
+    where it has one.
 
     Raises: InputError for a text that has no embedding where there is no text encoder either.
     """
-    if isinstance(bundle.text, PocketTextConfig):
-        return _pocket(bundle)
+    own = _pocket(bundle) if isinstance(bundle.text, PocketTextConfig) else _known(bundle, texts)
+    if (encoder := bundle.sentence) is None:
+        return own
+    return own._replace(feature=lambda text: features(encoder, (text,))[0], dim=encoder.cfg.dim)
+
+
+def _known(bundle: Bundle, texts: Iterable[str]) -> Prompts:
     known = {**bundle.embeddings}
     if missing := [text for text in dict.fromkeys(texts) if text not in known]:
         known |= encode_prompts(bundle, missing)

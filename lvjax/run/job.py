@@ -19,12 +19,13 @@ from lvjax.core.checkpoint import load_meta
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.io.video import FragmentedWriter
 from lvjax.run import card as cards
-from lvjax.run import pictures
+from lvjax.run import pictures, selection
 from lvjax.run.adapters import for_card
 from lvjax.run.bundle import Bundle, typed
 from lvjax.run.defaults import Defaults
 from lvjax.run.request import Request
 from lvjax.run.session import ClipResult, Session, check_request, open_session
+from lvjax.run.spill import ClipFiles, check_place, clips_path
 from lvjax.run.state import chain, load_start, load_state, save_state, state_path
 
 PLAIN = {
@@ -114,7 +115,8 @@ def options_of(
     options["last"] = pictures.to_card(request.last)
     own = {"model": model, "defaults": dataclasses.asdict(bundle.defaults)}
     own["embeddings"] = None if embeddings is None else str(Path(embeddings).resolve())
-    return options | own | for_card(bundle.loras, bundle.merged)
+    adapted = for_card(bundle.loras, bundle.merged) | selection.for_card(bundle.sentence)
+    return options | own | adapted
 
 
 def request_of(options: dict[str, Any]) -> Request:
@@ -245,6 +247,8 @@ def start(bundle: Bundle, request: Request, output, card: dict[str, Any]) -> tup
     Returns what the user should know about the request.
     Raises: InputError with the nearest legal values; StorageError.
     """
+    if bundle.defaults.spill:
+        check_place(output)
     notices = check_request(bundle, request)
     offsets = [None] * len(request.timelines)
     meta = {"card": card, "clip": 0, "frame": 0, "digest": "", "offsets": offsets}
@@ -322,7 +326,10 @@ def proceed(bundle: Bundle, output, stop: Callable[[], bool] = lambda: False) ->
     session = open_session(bundle, request)
     _check_position(meta, session, state_path(output))
     cards.write_card(output, card)  # it may be gone, or of the run that was here before
-    clips = _remaining(session, output, meta["clip"])
+    outside = clip_files(output, card)
+    if meta["clip"] == 0:
+        outside.clear()  # those of a run that was here before
+    clips = _remaining(session, output, meta["clip"], outside)
     paths = outputs(output, len(request.timelines))
     with ExitStack() as files:
         writers = [
@@ -346,7 +353,13 @@ def proceed(bundle: Bundle, output, stop: Callable[[], bool] = lambda: False) ->
             if stop() and meta["clip"] < session.num_clips:
                 return
     cards.write_card(output, card | {"latents": meta["digest"]})
+    outside.clear()
     state_path(output).unlink()
+
+
+def clip_files(output, card: dict[str, Any]) -> ClipFiles:
+    """Where clips go that leave the memory of the run with this card."""
+    return ClipFiles(clips_path(output), cards.identity(card))
 
 
 def _check_position(meta: dict[str, Any], session: Session, path) -> None:
@@ -365,12 +378,12 @@ def _check_position(meta: dict[str, Any], session: Session, path) -> None:
         )
 
 
-def _remaining(session: Session, output, clip: int) -> Iterator[ClipResult]:
+def _remaining(session: Session, output, clip: int, files: ClipFiles) -> Iterator[ClipResult]:
     """The clips from number `clip` on, from the saved state; there is none before clip 0."""
     if clip == 0:
-        return session.run()
+        return session.run(files=files)
     state, _ = load_state(state_path(output), session.abstract_state(), session.place)
-    return session.run(state, clip)
+    return session.run(state, clip, files)
 
 
 def enlarge(frames: np.ndarray, factor: int) -> np.ndarray:

@@ -13,7 +13,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lvjax.core.errors import InputError
 from lvjax.flow.schedule import make_schedule
 from lvjax.flow.truncated import steps_needed
-from lvjax.memory.placement import init_bank, place_rows, plan_rows
+from lvjax.memory.placement import (
+    SELECTIONS,
+    clips_needed,
+    init_bank,
+    place_rows,
+    plan_rows,
+    stacked,
+)
+from lvjax.memory.spill import exchange_rows, init_spill, most_outside
 from lvjax.methods import ErrorFree, error_free
 from lvjax.methods.error_free import memory_layers
 from lvjax.models.config import DiTConfig
@@ -24,6 +32,7 @@ from lvjax.run.defaults import Defaults
 from lvjax.run.encoders import Prompts
 from lvjax.run.opening import ClipWork, Opening, context, encoder, start_frames
 from lvjax.run.request import Request
+from lvjax.run.spill import Moved, moved, moving_step
 from lvjax.run.timeline import Cuts
 
 OFFLOADS = ("none", "layers")
@@ -45,7 +54,7 @@ def settings(d: Defaults, request: Request) -> ErrorFree:
         solver=d.solver,
         guidance=None if request.guidance == 1 else request.guidance,
         window=d.window,
-        capacity=d.capacity,
+        capacity=capacity(d),
         layers=d.layers,
         overlap=d.overlap,
         positions=d.positions,
@@ -53,12 +62,25 @@ def settings(d: Defaults, request: Request) -> ErrorFree:
     )
 
 
+def capacity(d: Defaults) -> int:
+    """Clips in the bank."""
+    return clips_needed(d.selection, d.capacity, d.max_selected)
+
+
 def clip_work(bundle: Bundle, request: Request) -> ClipWork:
     """What a clip of a resolved request costs."""
     d, chosen = bundle.defaults, settings(bundle.defaults, request)
     passes = steps_needed(chosen.schedule.sigmas, d.window) + 1  # the last one to remember
-    kept, layers = d.capacity * d.clip_latents, d.layers or memory_layers(bundle.dit)
-    return ClipWork(d.clip_latents, passes, d.overlap, kept, layers)
+    kept, layers = capacity(d) * d.clip_latents, d.layers or memory_layers(bundle.dit)
+    outside = _outside(d, request) if d.spill else 0
+    return ClipWork(d.clip_latents, passes, d.overlap, kept, layers, outside)
+
+
+def _outside(d: Defaults, request: Request) -> int:
+    """Clips that go into files at most, of all videos together."""
+    parts = cuts(d, request)
+    rows = ([parts.prompt(row, i) for i in range(parts.clips)] for row in request.timelines)
+    return sum(most_outside(row, d.capacity, d.max_selected) for row in rows)
 
 
 def given_of(d: Defaults, start) -> int:
@@ -89,7 +111,12 @@ def check(bundle: Bundle, request: Request) -> None:
     """Raises: InputError for a resolved request that this method or model cannot follow."""
     if len(bundle.experts) > 1:
         raise InputError(f"{bundle.name} has two experts; error_free is for models with one")
-    settings(bundle.defaults, request)
+    settings(d := bundle.defaults, request)
+    if bundle.sentence is not None and d.selection != "prompt":
+        raise InputError(
+            f"a selection encoder is given, but defaults.selection is {d.selection!r}, which "
+            "compares no prompts; leave one of them out"
+        )
     start_frames(request)
 
 
@@ -120,7 +147,10 @@ def opening(bundle: Bundle, request: Request, prompts: Prompts, mesh) -> Opening
 
     parts = cuts(d, request)
     clips = partial(_clips, bundle, request, parts, prompts, mesh, chosen.guidance is not None)
-    return Opening(method, init, shard_state, clips, max(given - 1, 0), pixel_frames(d.overlap))
+    shared, spill = (max(given - 1, 0), pixel_frames(d.overlap)), None
+    if d.spill:
+        spill = partial(moving_step, method, d.clip_latents)
+    return Opening(method, init, shard_state, clips, *shared, spill=spill)
 
 
 def _clips(
@@ -131,7 +161,7 @@ def _clips(
     mesh,
     guided: bool,
     start: int = 0,
-) -> Iterator[Clip]:
+) -> Iterator[Clip | Moved]:
     """Clip inputs from number `start` on; guided: with the negative prompt.
 
     The bank of each row is placed by its own prompts, those of the clips before `start` again; a
@@ -149,9 +179,21 @@ def _clips(
 
     feature = lru_cache(maxsize=1024)(prompts.feature)
     features = (np.stack([feature(p) for p in texts(i)]) for i in range(parts.clips))
-    banks = [init_bank(d.capacity, prompts.dim) for _ in request.timelines]
-    places = plan_rows(features, d.capacity) if d.lookahead else place_rows(banks, features)
     rows = NamedSharding(mesh, PartitionSpec("data"))
+    if d.spill:
+        empty = init_spill(d.capacity, prompts.dim, d.max_selected)
+        exchanges = exchange_rows([empty] * len(request.timelines), features, d.delta)
+        for i, each in enumerate(exchanges):
+            if i >= start:
+                place = stacked([row.place for row in each])
+                yield moved(Clip(made(texts(i)), *jax.device_put(place, rows)), each)
+        return
+    slots, rule = capacity(d), (d.delta, SELECTIONS[d.selection](d.max_selected))
+    if d.lookahead:
+        places = plan_rows(features, slots, *rule)
+    else:
+        banks = [init_bank(slots, prompts.dim) for _ in request.timelines]
+        places = place_rows(banks, features, *rule)
     for i, place in enumerate(places):
         if i >= start:
             yield Clip(made(texts(i)), *jax.device_put(place, rows))

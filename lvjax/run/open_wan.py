@@ -83,6 +83,8 @@ def size_for(bundle: Bundle, picture: tuple[int, int]) -> tuple[int, int]:
 def check(bundle: Bundle, request: Request) -> None:
     """Raises: InputError for a resolved request that this method or model cannot follow."""
     _check_experts(bundle, request)
+    if bundle.sentence is not None:
+        raise InputError("a selection encoder is given; wan remembers no clips: leave it out")
     chosen = settings(bundle, request)
     check_models(bundle.dit, bundle.vae, chosen)
     start, last, tokens = start_frames(request), last_frame(request), bundle.dit.image_dim

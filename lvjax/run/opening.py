@@ -15,6 +15,7 @@ from lvjax.models.vae import encode
 from lvjax.rollout.method import Method
 from lvjax.run.bundle import Bundle
 from lvjax.run.request import Request
+from lvjax.run.spill import ClipFiles
 
 
 class Opening(NamedTuple):
@@ -24,6 +25,7 @@ class Opening(NamedTuple):
     clips(start): the clip inputs from number `start` on.
     skip_first, overlap_frames: pixel frames that clip 0, and every later clip, does not show.
     step: the method's step as more than one program, or None for one; a state is donated.
+    spill: files -> the step, where clips leave the state for files.
     """
 
     method: Method
@@ -33,6 +35,7 @@ class Opening(NamedTuple):
     skip_first: int
     overlap_frames: int
     step: Callable[[Any, Any], tuple[Any, Any]] | None = None
+    spill: Callable[[ClipFiles], Callable[[Any, Any], tuple[Any, Any]]] | None = None
 
 
 class ClipWork(NamedTuple):
@@ -40,7 +43,8 @@ class ClipWork(NamedTuple):
 
     latents: its frames.  passes: of the transformer.  encoded: latent frames that the autoencoder
     makes of pictures.  kept: latent frames whose keys and values are held, its own among them, in
-    the half-open range `layers`; 0 for a method without a memory.
+    the half-open range `layers`; 0 for a method without a memory.  spilled: clips of all videos,
+    each with its keys and values, that are put into files at most.
     """
 
     latents: int
@@ -48,6 +52,7 @@ class ClipWork(NamedTuple):
     encoded: int
     kept: int = 0
     layers: tuple[int, int] = (0, 0)
+    spilled: int = 0
 
     @property
     def seen(self) -> int:

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ from lvjax.run.machine import device_memory, host_memory, shares_memory
 from lvjax.run.opening import ClipWork
 from lvjax.run.request import Request, resolved
 from lvjax.run.session import OPENINGS, check_offload, cuts, data_mesh
+from lvjax.run.spill import ClipFiles, clips_path
 from lvjax.run.state import state_path
 from lvjax.run.weights import weight_bytes
 
@@ -70,7 +72,8 @@ class Plan:
     is the host's, as on the CPU.  disk: the finished videos, and the state twice, because a new one
     is complete before the old one goes.  flops: of the whole run, all devices together.
     offload: where the weights of the transformers wait, see `Bundle.offload`; reason: why there;
-    waiting: bytes of those in the host's memory, which `host` counts too.
+    waiting: bytes of those in the host's memory, which `host` counts too.  spilled: bytes, at most,
+    of clips that leave the memory for the disk, which `disk` counts too.
     """
 
     memory: dict[str, int]
@@ -84,6 +87,7 @@ class Plan:
     offload: str = "none"
     reason: str = "as asked"
     waiting: int = 0
+    spilled: int = 0
 
     @property
     def device_bytes(self) -> int:
@@ -124,6 +128,7 @@ def make_plan(bundle: Bundle, work: Work, offload: str = "none", reason: str = "
     # Frames come to the host in float32, and become bytes; saving copies the state to the host and
     # into a file twice over.  On the CPU that is less than the same memory held while computing.
     shown = work.batch * _frame_bytes(work)
+    spilled = work.clip.spilled and work.clip.spilled * _clip_bytes(bundle, work)
     saving = 0 if shared else 3 * state + 3 * shown // 2 + costs.reading(bundle)
     return Plan(
         memory=_memory(bundle, work, batch, rows, offload),
@@ -131,7 +136,9 @@ def make_plan(bundle: Bundle, work: Work, offload: str = "none", reason: str = "
         host=round(RUNTIME) + saving + waiting,
         shared=shared,
         disk=round(
-            work.batch * (math.prod(work.size) * work.frames * VIDEO_BITS / 8 + 2e5) + 2 * state
+            work.batch * (math.prod(work.size) * work.frames * VIDEO_BITS / 8 + 2e5)
+            + 2 * state
+            + spilled
         ),
         flops=float(work.clips) * devices * _clip_flops(bundle, work, rows, batch),
         clips=work.clips,
@@ -139,6 +146,7 @@ def make_plan(bundle: Bundle, work: Work, offload: str = "none", reason: str = "
         offload=offload,
         reason=reason,
         waiting=waiting,
+        spilled=spilled,
     )
 
 
@@ -178,6 +186,8 @@ def _memory(bundle: Bundle, work: Work, batch: int, rows: int, offload: str) -> 
         "weights": weight_bytes(bundle) - away,
         "prompts": len(bundle.experts) * costs.context_bytes(bundle.dit, rows),
     }
+    if bundle.sentence is not None:  # its texts pass through it between clips, one by one
+        held["selection encoder"] = bundle.sentence.held_bytes
     held["memory of clips"] = round(BANKS * _bank_bytes(bundle, work, rows))
     phases = _phases(bundle, work, batch, rows, offload)
     most = max(phases, key=lambda phase: sum(phase.values()))
@@ -243,6 +253,12 @@ def _bank_bytes(bundle: Bundle, work: Work, rows: int) -> int:
     return costs.bank_bytes(bundle.dit, rows, work.clip.kept, grid, work.clip.layers)
 
 
+def _clip_bytes(bundle: Bundle, work: Work) -> int:
+    """Keys and values of one clip of one video."""
+    passes, clip, grid = 2 if work.guided else 1, work.clip, _grid(bundle, work)
+    return costs.bank_bytes(bundle.dit, passes, clip.latents, grid, clip.layers)
+
+
 # ---- time --------------------------------------------------------------------------
 
 
@@ -274,13 +290,14 @@ def describe(plan: Plan, rate: float) -> str:
     parts = ", ".join(f"{k} {v / 1e6:.0f} MB" for k, v in plan.memory.items())
     clips = f"{plan.clips} clip{'s' * (plan.clips > 1)}"
     each = "" if plan.devices == 1 else f" on each of {plan.devices} devices"
+    out = f" ({plan.spilled / 1e6:.0f} MB for clips that leave it)" if plan.spilled else ""
     wait = f", weights that wait on the host {plan.waiting / 1e6:.0f} MB" if plan.waiting else ""
     return (
         f"plan: {plan.frames} frames in {clips}; memory {plan.host_bytes / 1e9:.2f} GB "
         f"({parts}{each}; the process itself {(plan.host - plan.waiting) / 1e6:.0f} MB{wait}, and "
         f"{COMPILING / 1e6:.0f} MB more while compiling for the first time); "
         f"offload {plan.offload}, {plan.reason}; "
-        f"disk {plan.disk / 1e6:.0f} MB; about {_duration(seconds(plan, rate))} (estimate: "
+        f"disk {plan.disk / 1e6:.0f} MB{out}; about {_duration(seconds(plan, rate))} (estimate: "
         f"{plan.flops / 1e12:.2g} TFLOP at {EFFICIENCY:.0%} of the {rate / 1e9:.0f} GFLOP/s of a "
         "matrix product timed now; loading and compiling come on top)"
     )
@@ -313,7 +330,9 @@ def _short_of(plan: Plan) -> str:
 
 
 def check_disk(plan: Plan, output) -> None:
-    """Raises: StorageError when the disk is too small; a state that is there is counted."""
+    """Raises: StorageError when the disk is too small; a state that is there is counted, and clips
+    that have left it.
+    """
     place = os.path.dirname(os.path.realpath(output))
     try:
         free = shutil.disk_usage(place).free
@@ -323,11 +342,29 @@ def check_disk(plan: Plan, output) -> None:
         ) from e
     there = state_path(output)
     needs = plan.disk - (there.stat().st_size if there.is_file() else 0)
+    needs -= ClipFiles(clips_path(output)).size()
     if needs > free:
         raise StorageError(
             f"the run needs {needs / 1e6:.0f} MB on {place}, {free / 1e6:.0f} MB are free; "
-            "free space or choose another --out"
+            f"free space or choose another --out{_or_no_spill(plan)}"
         )
+
+
+def check_temporary(plan: Plan) -> None:
+    """Raises: StorageError when the place for temporary files is too small for the clips that leave
+    the memory.
+    """
+    place = tempfile.gettempdir()
+    if plan.spilled and plan.spilled > (free := shutil.disk_usage(place).free):
+        raise StorageError(
+            f"clips that leave the memory need {plan.spilled / 1e6:.0f} MB on {place}, "
+            f"{free / 1e6:.0f} MB are free; free space, set TMPDIR to another place"
+            f"{_or_no_spill(plan)}"
+        )
+
+
+def _or_no_spill(plan: Plan) -> str:
+    return ", or leave defaults.spill out" if plan.spilled else ""
 
 
 def _smaller(bundle: Bundle, work: Work, offload: str) -> str:

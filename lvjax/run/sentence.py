@@ -25,12 +25,13 @@ SHORT = 16  # tokens; texts are padded to this length, or twice, four times, ...
 class SentenceEncoder(NamedTuple):
     """An encoder with its weights.
 
+    folder: where it is, absolute.
     tokenizer: puts the first and the last token around a text and cuts it at `max_length` tokens.
     pooling, normalise: as `sentence_features` takes them.
     sha256: of the weights and of everything else that the features depend on.
     """
 
-    name: str
+    folder: Path
     cfg: BertConfig
     params: dict
     tokenizer: Any
@@ -38,6 +39,16 @@ class SentenceEncoder(NamedTuple):
     pooling: str
     normalise: bool
     sha256: str
+
+    @property
+    def name(self) -> str:
+        """That of its folder."""
+        return self.folder.name
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of its weights."""
+        return sum(a.nbytes for a in jax.tree.leaves(self.params))
 
 
 def open_sentence_encoder(folder) -> SentenceEncoder:
@@ -55,7 +66,7 @@ def open_sentence_encoder(folder) -> SentenceEncoder:
     settings = (found.max_length, found.pooling, found.normalise)
     params = found.params()
     return SentenceEncoder(
-        folder.resolve().name,
+        folder.resolve(),
         found.cfg,
         jax.tree.map(jnp.asarray, params),
         words.tokenizer,

@@ -7,6 +7,7 @@ elsewhere.
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from lvjax.run import encoders, open_error_free, open_wan
 from lvjax.run.bundle import Bundle
 from lvjax.run.presets import size_notices
 from lvjax.run.request import Request, resolved, whole_frames
+from lvjax.run.spill import ClipFiles, temporary_files
 from lvjax.run.timeline import Cuts, missed_notices
 
 OPENINGS: dict[str, ModuleType] = {"error_free": open_error_free, "wan": open_wan}
@@ -53,7 +55,7 @@ class Session:
       row.
     cuts: which frames each clip shows.  skip_first, overlap_frames: pixel frames that clip 0, and
       every later clip, was given and does not show.
-    step: see `Opening`.  adapted: whether the model has LoRAs.
+    step, spill: see `Opening`.  adapted: whether the model has LoRAs.
     """
 
     method: Method
@@ -68,6 +70,7 @@ class Session:
     notices: tuple[str, ...] = ()
     step: Callable[[Any, Any], tuple[Any, Any]] | None = None
     adapted: bool = False
+    spill: Callable[[ClipFiles], Callable] | None = None
 
     @property
     def num_clips(self) -> int:
@@ -91,27 +94,38 @@ class Session:
         """A state, from the host for instance, laid out over the devices."""
         return self.layout(state, self.mesh)
 
-    def run(self, state=None, start: int = 0) -> Iterator[ClipResult]:
+    def run(
+        self, state=None, start: int = 0, files: ClipFiles | None = None
+    ) -> Iterator[ClipResult]:
         """Yield clips from number `start` on.
 
         state: what the clip before `start` left, laid out by `place`, or None for a new first
         state.  A state is donated to the next clip.
+        files: of the clips that leave the bank, where the defaults ask for `spill`; those of the
+        run that is gone on with, or None for temporary ones.
         Raises: NonFiniteError naming the clip and the tensor.
         """
         first = self.state() if state is None else state
         clips = self.clips(start)
-        if self.step is None:
-            made = stream(self.method, first, clips)
-        else:
-            made = _steps(self.step, first, clips)
-        del first, state  # nothing here outlives its clip
-        shown = self.cuts.begin(start)
-        for i, (new, (latents, frames)) in enumerate(made, start):
-            _check_finite(latents, frames, i, self.adapted)
-            frames = frames[:, self.skip_first if i == 0 else self.overlap_frames :]
-            frames = frames[:, : self.frames - shown]
-            shown += frames.shape[1]
-            yield ClipResult(i, latents, np.asarray(to_uint8(frames)), new)
+        with self._stepping(files) as step:
+            made = stream(self.method, first, clips) if step is None else _steps(step, first, clips)
+            del first, state  # nothing here outlives its clip
+            shown = self.cuts.begin(start)
+            for i, (new, (latents, frames)) in enumerate(made, start):
+                _check_finite(latents, frames, i, self.adapted)
+                frames = frames[:, self.skip_first if i == 0 else self.overlap_frames :]
+                frames = frames[:, : self.frames - shown]
+                shown += frames.shape[1]
+                yield ClipResult(i, latents, np.asarray(to_uint8(frames)), new)
+
+    @contextmanager
+    def _stepping(self, files: ClipFiles | None) -> Iterator[Callable | None]:
+        """The step of a run, None for that of the method alone."""
+        with ExitStack() as held:
+            if self.spill is None:
+                yield self.step
+            else:
+                yield self.spill(files or held.enter_context(temporary_files()))
 
     def with_key(self, key) -> "Session":
         """The same run with the noise of a typed key instead of the request's seed."""
@@ -263,6 +277,7 @@ def _session(bundle: Bundle, request: Request, mesh) -> Session:
         notices(bundle, request),
         opened.step,
         bool(bundle.loras),
+        opened.spill,
     )
     session.abstract_state()  # what does not fit together says so here
     return session

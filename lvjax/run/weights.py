@@ -58,6 +58,8 @@ def read_weights(bundle: Bundle, change: Callable[[str, str, Any], Any] | None =
         params[part], hashes[part] = _part(bundle, part, keep)
     if "image" in bundle.parts and (known := stored_hash(bundle.parts["image"])) is not None:
         hashes["image"] = known  # read when needed; of a text encoder, a run compares the rows
+    if bundle.sentence is not None:
+        hashes["selection encoder"] = bundle.sentence.sha256
     sizes = [[part, *_unusual(bundle.config(part))] for part in sorted(params)]
     hashes["model"] = _hash(sizes)
     return dataclasses.replace(bundle, params=params, hashes=hashes)

@@ -37,6 +37,9 @@ BAD = {
     "positions=near": "relative",
     "fill=grey": "pixel",
     "capacity=0": "from 1",
+    "selection=best": "prompt, last, first_last, none",
+    "max_selected=0": "from 1",
+    "delta=0": "0.02",
     "layers=(3, 1)": "first < last",
     "upscale=-1": "from 1 to 64",
 }

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from lvjax.core.errors import InputError
 from lvjax.memory.placement import (
+    SELECTIONS,
     BankState,
     by_prompt,
+    clips_needed,
     first_and_last,
     init_bank,
     last,
@@ -186,6 +188,19 @@ def test_other_policies():
     assert run(e, 4, select=last(2))[0][9].selected == [8, 7]
     assert plan_bank(e, 4, select=nothing()).visible.sum() == 10
     assert by_prompt(2)(np.array([4, 7, 9]), np.array([1, 3, 3])) == [1, 2]
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("most", [1, 2, 4])
+def test_a_bank_needs_no_more_slots_than_are_said(name, most):
+    """In the fewest slots, a policy selects what it selects from all clips; prompts may not."""
+    e, select = timeline([0, 1, 2] * 4), SELECTIONS[name](most)
+    slots = clips_needed(name, 12, most)
+    assert slots == {"prompt": 12, "none": 1}.get(name, most + 1)
+    assert [p.selected for p in run(e, slots, select=select)[0]] == unbounded(e, select=select)
+    assert plan_bank(e, slots, select=select).selected == unbounded(e, select=select)
+    assert max(map(len, unbounded(e, select=select))) == (most if name != "none" else 0)
+    assert clips_needed(name, 1, most) == 1
 
 
 STORIES = np.random.default_rng(3).integers(0, 8, (3, 24))
