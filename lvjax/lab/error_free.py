@@ -190,16 +190,23 @@ def _read(path: Path) -> dict[str, Any]:
         ) from e
 
 
+def settings_of(about: dict[str, Any]) -> Settings:
+    """The settings that `about` was made of.
+
+    Raises: KeyError, TypeError for what is no such thing.
+    """
+    chosen = {f.name: about[f.name] for f in dataclasses.fields(Settings)}
+    return Settings(**chosen | {"cells": tuple(chosen["cells"])})
+
+
 def settings_in(folder: Path) -> Settings:
     """The settings that a folder was begun with.
 
     Raises: CheckpointError for a file that is damaged, or of another version.
     """
     path = folder / SETTINGS
-    found = _read(path)
     try:
-        chosen = {f.name: found[f.name] for f in dataclasses.fields(Settings)}
-        return Settings(**chosen | {"cells": tuple(chosen["cells"])})
+        return settings_of(_read(path))
     except (KeyError, TypeError) as e:
         raise CheckpointError(f"{path} is of another version of lvjax; start another folder") from e
 

@@ -97,7 +97,8 @@ def _head(settings: Settings, about: dict, timelines: list[Timeline]) -> str:
         f"in, the object leaves. The first one begins: {prompts}. The first frame is the world's."
         "\n\nFigures are mean ± standard deviation over the videos of a cell. A difference is the "
         "mean over pairs of videos of one timeline and one noise, ± the standard deviation of "
-        "these differences, positive where the paper's ordering holds. "
+        "these differences, then the number of pairs; it is positive where the paper's ordering "
+        "holds. "
         f'"{c.REPRODUCED}": positive by more than one standard deviation; "{c.REFUTED}": '
         f"negative by more; else \"{c.WITHIN}\". The paper's figures come from VBench's networks "
         "and a model of 1.3 B parameters; only orderings are compared."
@@ -198,8 +199,8 @@ def _figure(found: tuple[float, float] | None) -> str:
 def _verdict(v: c.Verdict) -> str:
     if v.difference is None:
         return v.verdict
-    spread = "" if v.std is None else f" ± {v.std:.3f}"
-    return f"{v.verdict} ({v.difference:+.3f}{spread}, {v.pairs})"
+    spread = "" if v.std is None else f" ± {v.std:.4f}"
+    return f"{v.verdict} ({v.difference:+.4f}{spread}, {v.pairs})"
 
 
 # Pictures
@@ -213,7 +214,9 @@ def _sheet(folder: Path, settings: Settings, row: int, timeline: Timeline) -> Pa
     cells = [cell for cell in SHEET if cell in settings.cells] or settings.cells
     runs += [Run(cell, SEED) for cell in cells]
     at = np.linspace(0, settings.frames - 1, min(ACROSS * DOWN, settings.frames)).round()
-    parts = [_strip(read_video(r.video(folder, row))[0], r.cell, at.astype(int)) for r in runs]
+    videos = [read_video(r.video(folder, row))[0] for r in runs]
+    names = ["world", *cells]
+    parts = [_strip(v, n, at.astype(int)) for v, n in zip(videos, names, strict=True)]
     path = folder / f"sheet-{row:02d}.jpg"
     with atomic(path) as f:
         Image.fromarray(np.concatenate(parts)).save(f, "JPEG", quality=85)

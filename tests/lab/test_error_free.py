@@ -70,7 +70,7 @@ def test_what_is_missing_is_made_again_and_the_report_has_the_same_bytes(bundle,
     verdicts = {(c["metric"], c["where"]): c for c in figures["claims"]}
     sharper = verdicts["sharpness_off", 0]
     assert sharper["verdict"] == "reproduced" and sharper["pairs"] == 4
-    shown = f"{sharper['difference']:+.3f} ± {sharper['std']:.3f}, 4"
+    shown = f"{sharper['difference']:+.4f} ± {sharper['std']:.4f}, 4"
     assert f"reproduced ({shown})" in text
     assert len(figures["rows"]["full"]) == 4 and len(figures["reference"]) == 2
     assert figures["rows"]["full"][0]["whole"]["sharpness"] > 1
