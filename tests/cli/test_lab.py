@@ -3,21 +3,25 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from lvjax.cli.main import main
+from lvjax.data.prompts import SHAPES
 from lvjax.io.video import read_video
 from lvjax.lab import error_free
-from lvjax.lab.object_metrics import world_outlines
+from lvjax.lab.object_metrics import GRID
 
+OUTLINES = {shape: np.full((GRID, GRID), i + 1.0) for i, shape in enumerate(SHAPES)}
 ARGS = ("--quick", "--seconds", "3", "--timelines", "1", "--steps", "2", "--cell", "full")
 BOTH = (*ARGS, "--cell", "baseline")
 
 
 @pytest.fixture
 def run(model, monkeypatch):
+    monkeypatch.setattr(error_free, "BATCH", 2)
     # nothing can be seen through a random autoencoder
-    monkeypatch.setattr(error_free, "shape_outlines", lambda through: world_outlines())
+    monkeypatch.setattr(error_free, "shape_outlines", lambda through: OUTLINES)
     return lambda folder, *args: main(
         ["lab", "error-free", "--model", model, "--folder", str(folder), *args]
     )
