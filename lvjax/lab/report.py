@@ -84,9 +84,15 @@ def _head(settings: Settings, about: dict, timelines: list[Timeline]) -> str:
     )
     cells = "\n".join(f"- `{name}`: {CELLS[name].words}" for name in settings.cells)
     prompts = "; ".join(f'{t:g} s "{prompt}"' for t, prompt in timelines[0].moments[:4])
+    full = Settings().seeds * Settings().timelines
+    few = (
+        f"**{pairs} videos per cell, where the full run has {full}: verdicts of so few pairs say "
+        "little.**\n\n"
+    )
     return (
         "# Error-Free long video: the ablations on the pocket world\n\n"
         + quick * settings.quick
+        + few * (pairs < full and not settings.quick)
         + f"Model `{about['model']}`, {settings.frames} frames ({settings.seconds:g} s) per video, "
         f"{settings.timelines} held-out timelines x {settings.seeds} sampling seeds (from {SEED}) "
         f"= {pairs} videos per cell; {sampler['steps']} {sampler['solver']} steps, shift "
@@ -116,6 +122,8 @@ def _summary(judged) -> str:
 
 
 def _table2(values, reference, judged) -> str:
+    if not any(claim.table == 2 for claim, _ in judged):
+        return ""
     cells = [name for name in values if name != "low_window"]
     head = "With and without memory, with and without T-RFlow (the paper's Table 2)"
     names = [m for group in c.TABLE2 for m in group] + ["ghosts", "clipped", "sharpness"]
@@ -123,6 +131,8 @@ def _table2(values, reference, judged) -> str:
 
 
 def _table3(values, judged) -> str:
+    if not any(claim.table == 3 for claim, _ in judged):
+        return ""
     cells = [name for name in ("no_trflow", "low_window", "full") if name in values]
     head = "Three windows of T-RFlow, with memory (the paper's Table 3)"
     names = [*c.PICTURE, "sharpness", "frequency", "saturation"]
@@ -148,7 +158,9 @@ def _by_metric(head, names, cells, values, judged, table, reference=None) -> str
 
 
 def _table4(values, reference, judged) -> str:
-    cells = [name for name in ("baseline", "full") if name in values]
+    if not any(claim.table == 4 for claim, _ in judged):
+        return ""
+    cells = ("baseline", "full")
     head = f"## Quality in {WINDOWS} equal parts of the video (the paper's Table 4)"
     columns = " | ".join(str(i + 1) for i in range(WINDOWS))
     lines = [f"| figure | | {columns} | last less first |", "|" + "---|" * (WINDOWS + 3)]
