@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from lvjax.cli import lab
 from lvjax.cli.main import main
 from lvjax.data.prompts import SHAPES
 from lvjax.io.video import read_video
@@ -20,6 +21,7 @@ BOTH = (*ARGS, "--cell", "baseline")
 @pytest.fixture
 def run(model, monkeypatch):
     monkeypatch.setattr(error_free, "BATCH", 2)
+    monkeypatch.setattr(lab, "EVERY", 0)
     # nothing can be seen through a random autoencoder
     monkeypatch.setattr(error_free, "shape_outlines", lambda through: OUTLINES)
     return lambda folder, *args: main(
