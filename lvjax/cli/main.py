@@ -28,6 +28,7 @@ COMMANDS = {
     "train": "train a model from a config",
     "convert": "turn PyTorch Wan weights into lvjax weights",
     "encode": "prompts for machines without a text encoder, or videos for training",
+    "lab": "run the experiments of a paper on the pocket world",
     "tune-trflow": "find the lower threshold of T-RFlow for a model",
 }
 

@@ -33,7 +33,7 @@ class Look(NamedTuple):
 
     colour: name of the nearest palette colour.  tone: its mean chroma, float32 [2].  outline: how
     much of each cell is object, float64 [GRID, GRID] in [0, 1], centred and scaled to its area;
-    None near the border of the picture, which may cut it.
+    None near the border of the picture, which may cut it, and of pieces far apart.
     """
 
     colour: str
@@ -128,6 +128,8 @@ def outline(tones: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
     share = np.clip((tones - around) @ axis / max(float(axis @ axis), 1e-12), 0, 1)
     share = np.where((away < EXTENT) & (share > FAINT), share, 0)
     area = share.sum()
+    if not area:  # a mask in several pieces, with nothing of it in the middle
+        return None
     y, x = (share * rows).sum() / area, (share * cols).sum() / area
     steps = ((np.arange(GRID) + 0.5) / GRID * 2 - 1) * REACH * np.sqrt(area)
     return _at(share, y + steps, x + steps)

@@ -100,6 +100,9 @@ def test_an_outline_is_centred_and_scaled_and_not_cut():
     assert np.abs(outline(tones, mask) - plain).sum() > 1  # measured: 1.8
     speck = outline(*drawn(slice(20, 36), slice(18, 34), [(0, 60), (55, 50)]))
     assert np.abs(speck - plain).mean() < 0.02
+    apart = drawn(slice(31, 34), slice(2, 8), [(slice(31, 34), slice(56, 62))])
+    apart[0][:] = np.where(apart[1][..., None], apart[0], np.float32(0))
+    assert outline(*apart) is None  # nothing of it is in the middle
     for cut in ((slice(0, 16), slice(20, 36)), (slice(20, 36), slice(50, 64))):
         assert outline(*drawn(*cut)) is None
 
