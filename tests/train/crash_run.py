@@ -31,7 +31,7 @@ def batch(n):
 
 def main(folder: str, steps: int) -> None:
     enable_compilation_cache()
-    o = TrainOptions(steps, 1e-3, 2, log_every=1, save_every=0.2)
+    o = TrainOptions(steps, 1e-3, 2, log_every=1, save_every=0.05)
     optimizer = make_optimizer(o)
     loss = extension_loss(DIT, lambda params, rows: rows, ExtensionTask())
     state = init_state({"dit": drawn(dit_spec(DIT), 0)}, optimizer, seed=3)

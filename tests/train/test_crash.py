@@ -4,9 +4,7 @@ leaves a checkpoint within five seconds.
 """
 
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -65,11 +63,13 @@ def test_kills_change_nothing(tmp_path, steps, kills):
     said = finish(whole, steps)
     for i in range(kills):
         process = started(cut, steps)
-        goal = rng.uniform(i, i + 1) * steps / kills  # somewhere in its share of the steps
+        now = step_of(cut)
+        goal = now + 1 + rng.uniform(0, 1) * (steps - now) / (kills - i)  # some steps further
         while step_of(cut) < goal and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.1))  # also within a step, or while a checkpoint is written
-        os.kill(process.pid, signal.SIGKILL)
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.01))  # also within a step, or while a checkpoint is written
+        assert process.poll() is None  # it was killed at work
+        process.kill()
         process.communicate()
         seen.append(step_of(cut))
     assert finish(cut, steps) == said and len(set(seen)) > kills // 2
