@@ -22,7 +22,8 @@ def redrawn(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            noise, fan = torch.randn(p.shape, generator=generator), p[0].numel() ** -0.5
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float32)
+            fan = p[0].numel() ** -0.5
             own = [f for part, f in (special or {}).items() if part in name]
             if own:
                 p.copy_(own[0](noise, fan))

@@ -53,6 +53,7 @@ def test_convert_and_run_wan(tmp_path, monkeypatch):
     assert (tmp_path / "fox.mp4").stat().st_size > 500
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_error_free(tmp_path, monkeypatch):
     said = printed(executed("03_error_free", tmp_path, monkeypatch))

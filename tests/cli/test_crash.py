@@ -14,6 +14,7 @@ import pytest
 from lvjax.core.checkpoint import load_meta
 from lvjax.io.video import read_video
 from lvjax.run.card import card_path
+from lvjax.run.spill import clips_path
 from lvjax.run.state import state_path
 
 pytestmark = pytest.mark.long
@@ -34,17 +35,16 @@ def command(model, out, *args) -> list[str]:
     ]
 
 
-def test_twenty_kills_twenty_equal_videos(model, tmp_path):
-    run = [
-        "--prompt",
-        "the camera pans left",
-        "--prompt",
-        "a red circle moves up",
-        "--frames",
-        "1925",
-        "--seed",
-        "3",
-    ]
+PROMPTS = ("the camera pans left", "a red circle moves up", "waves")
+SPILL = ("spill=True", "capacity=2", "max_selected=1")
+
+
+@pytest.mark.parametrize(("turns", "settings"), [(1, ()), (6, SPILL)], ids=("bank", "spill"))
+def test_twenty_kills_twenty_equal_videos(model, tmp_path, turns, settings):
+    """turns: how often the prompts follow each other; with several, clips come back from files."""
+    run = [x for text in turns * PROMPTS for x in ("--prompt", text)]
+    run += ["--frames", "1925", "--seed", "3"]
+    run += [x for setting in settings for x in ("--set", f"defaults.{setting}")]
     whole = tmp_path / "whole.mp4"
     subprocess.run(command(model, whole, *run), check=True)
     began = time.monotonic()
@@ -54,7 +54,7 @@ def test_twenty_kills_twenty_equal_videos(model, tmp_path):
         read_video(whole)[0],
         json.loads(card_path(whole).read_text())["latents"],
     )
-    moments, playable, saved = random.Random(7), 0, 0
+    moments, playable, saved, spilled = random.Random(7), 0, 0, 0
     for i in range(20):
         out = tmp_path / f"cut{i}.mp4"
         process = subprocess.Popen(command(model, out, *run))
@@ -68,6 +68,7 @@ def test_twenty_kills_twenty_equal_videos(model, tmp_path):
             np.testing.assert_array_equal(frames, wanted[: len(frames)])
         playable += meta["frame"] > 0
         saved += state_path(out).exists()
+        spilled += clips_path(out).exists()
         again = command(model, out, *run, "--resume")  # starts anew where nothing was saved
         subprocess.run(again, check=True)
         assert json.loads(card_path(out).read_text())["latents"] == digest
@@ -75,6 +76,7 @@ def test_twenty_kills_twenty_equal_videos(model, tmp_path):
         for path in tmp_path.glob(f"cut{i}.*"):
             path.unlink()
     print(f"{saved} of 20 kills left a state, {playable} a video with frames")
+    assert bool(spilled) == bool(settings)
     assert playable >= 5, "the moments missed the generating part of the run; make it longer"
 
 

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from lvjax.cli.main import main
 from lvjax.io.video import read_card
+from lvjax.run import encoders
 from lvjax.run.card import card_path
-from lvjax.run.sentence import open_sentence_encoder
+from lvjax.run.sentence import features, open_sentence_encoder
 from lvjax.run.spill import ClipFiles
 from tests.cli.commands import PROMPTS, generate, interrupted
 from tests.sentence_folder import sentence_folder
@@ -88,7 +89,16 @@ def made(model, encoder, tmp_path_factory):
     return folder
 
 
-def test_an_encoder_is_in_the_card_and_its_choice_is_made_again(model, made, tmp_path, capsys):
+def test_an_encoder_is_in_the_card_and_its_choice_is_made_again(
+    model, made, tmp_path, capsys, monkeypatch
+):
+    asked_of = []
+
+    def heard(encoder, texts):
+        asked_of.append(encoder.sha256)
+        return features(encoder, texts)
+
+    monkeypatch.setattr(encoders, "features", heard)
     card, out = read_card(made / "a.mp4"), tmp_path / "b.mp4"
     sha256 = open_sentence_encoder(made / "encoder").sha256
     asked = {"path": str(made / "encoder"), "sha256": sha256}
@@ -97,8 +107,9 @@ def test_an_encoder_is_in_the_card_and_its_choice_is_made_again(model, made, tmp
     assert main(["replay", str(made / "a.mp4"), "--out", str(out), "--quiet"]) == 0
     assert out.read_bytes() == (made / "a.mp4").read_bytes()
     assert "differ" not in capsys.readouterr().err
-    assert generate(model, tmp_path / "own.mp4", *STORY) == 0
-    assert digest(tmp_path / "own.mp4") != digest(made / "a.mp4")
+    assert set(asked_of) == {sha256}
+    asked_of.clear()
+    assert generate(model, tmp_path / "own.mp4", *STORY) == 0 and not asked_of
     assert read_card(tmp_path / "own.mp4")["options"]["selection_encoder"] is None
 
 

@@ -70,7 +70,10 @@ def said(capsys) -> str:
     return err[0]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, code",
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143)],
+)
 def test_a_signal_saves_the_step_in_flight_and_the_run_goes_on(
     command, tmp_path, capsys, monkeypatch, number, code
 ):

@@ -158,6 +158,7 @@ def test_no_gradient_reaches_what_is_remembered():
     assert forgotten[0] == forgotten[1]
 
 
+@pytest.mark.long
 def test_remat_changes_nothing():
     p, given = params(), batch()
     values = [

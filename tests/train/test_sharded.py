@@ -63,7 +63,10 @@ def one():
     return train(make_mesh(), begin(make_mesh()))
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (2, 1, 4), (1, 2, 1)], ids=str)
+LONG = [pytest.param(shape, marks=pytest.mark.long) for shape in ((2, 1, 4), (1, 2, 1))]
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), *LONG], ids=str)
 def test_the_curve_is_that_of_one_device(one, shape):
     mesh = make_mesh(*shape)
     state, losses = train(mesh, begin(mesh))
