@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small sentence encoder as sentence-transformers keeps it, written by transformers itself, with
-words that are learnt here.
+the words of a few lines.
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import normalizers, pre_tokenizers
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from tests.redrawn import redrawn
@@ -49,19 +49,22 @@ CONFIG = BertConfig(
 
 @cache
 def vocabulary(lower: bool) -> tuple[str, ...]:
-    """The pieces of a tokenizer trained on `LINES`, by id; all characters are there, words differ
-    from process to process.
+    """The pieces of `LINES`, by id: all characters, at the start and further on, then the
+    beginnings and the ends of words.  (A tokenizer's own training differs from process to process.)
     """
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    normalize = normalizers.BertNormalizer(lowercase=lower).normalize_str
+    split = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
+    words = [word for line in LINES for word, _ in split(normalize(line))]
+    starts = sorted({word[0] for word in words})
+    further = sorted({"##" + char for word in words for char in word[1:]})
+    longer = [
+        piece
+        for word in words
+        for n in range(3, len(word) + 1)
+        for piece in (word[:n], "##" + word[-n + 1 :])
+    ]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=WORDS, special_tokens=special, show_progress=False
-    )
-    tokenizer.train_from_iterator(LINES * 3, trainer)
-    ids = tokenizer.get_vocab()
-    return tuple(sorted(ids, key=ids.get))
+    return tuple(dict.fromkeys([*special, *starts, *further, *longer]))[:WORDS]
 
 
 def write_json(path: Path, value) -> None:

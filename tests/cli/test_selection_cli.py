@@ -110,6 +110,7 @@ def test_an_encoder_is_in_the_card_and_its_choice_is_made_again(
     assert set(asked_of) == {sha256}
     asked_of.clear()
     assert generate(model, tmp_path / "own.mp4", *STORY) == 0 and not asked_of
+    assert digest(tmp_path / "own.mp4") != digest(made / "a.mp4")
     assert read_card(tmp_path / "own.mp4")["options"]["selection_encoder"] is None
 
 

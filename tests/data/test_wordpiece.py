@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts to BERT's ids against transformers, with words that are learnt in the test; and files that
-are missing, damaged, or of another model.
+"""Texts to BERT's ids against transformers, with a few words; and files that are missing, damaged,
+or of another model.
 """
 
 import json
