@@ -13,26 +13,12 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from lvjax.train.extension import ExtensionTask
+from lvjax.run.training import Training
+from lvjax.train.extension import PUBLISHED
 from lvjax.train.state import TrainOptions
 
 
 def get_config() -> ConfigDict:
-    task = ExtensionTask(
-        given=(0.1, 0.3, 0.3, 0.3), last=1 / 9, both=1 / 9, shift=5.0, fill="latent", remat=True
-    )
     options = TrainOptions(10_000, 1e-5, 200, 1.0, ema=0.9999, sample_every=1000)
-    config = {
-        "model": "",
-        "data": "",
-        "batch": 8,
-        "clips": 1,
-        "task": dataclasses.asdict(task),
-        "options": dataclasses.asdict(options),
-        "dtype": "bfloat16",
-        "mesh": (1, 1, 1),
-        "samples": (),
-        "sample_seconds": 5.0,
-        "tensorboard": False,
-    }
-    return ConfigDict(config, convert_dict=True)
+    training = Training("", "", options, PUBLISHED, batch=8, dtype="bfloat16")
+    return ConfigDict(dataclasses.asdict(training), convert_dict=True)

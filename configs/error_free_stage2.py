@@ -12,28 +12,19 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from lvjax.run.training import Adapters
-from lvjax.train.extension import ExtensionTask
+from lvjax.run.training import Adapters, Training
+from lvjax.train.extension import PUBLISHED
 from lvjax.train.state import TrainOptions
 
 
 def get_config() -> ConfigDict:
-    task = ExtensionTask(
-        given=(0.1, 0.3, 0.3, 0.3), last=1 / 9, both=1 / 9, shift=5.0, fill="latent", remat=True
-    )
     options = TrainOptions(3_000, 1e-4, 100, 1.0, ema=0.999, sample_every=500)
-    config = {
-        "model": "",
-        "data": "",
-        "batch": 4,
-        "clips": 4,
-        "task": dataclasses.asdict(task),
-        "adapters": dataclasses.asdict(Adapters()),
-        "options": dataclasses.asdict(options),
-        "dtype": "bfloat16",
-        "mesh": (1, 1, 1),
-        "samples": (),
-        "sample_seconds": 20.0,
-        "tensorboard": False,
-    }
-    return ConfigDict(config, convert_dict=True)
+    training = Training(
+        *("", "", options, PUBLISHED),
+        batch=4,
+        clips=4,
+        adapters=Adapters(),
+        dtype="bfloat16",
+        sample_seconds=20.0,
+    )
+    return ConfigDict(dataclasses.asdict(training), convert_dict=True)

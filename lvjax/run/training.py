@@ -61,7 +61,8 @@ class Training:
     """What `lvjax train` needs to train a transformer.
 
     model: "pocket" or a folder, as `lvjax.load` takes it.  data: a folder that `lvjax encode
-      --videos` wrote.  batch: samples per step.  clips: of each sample, in order of time; with more
+      --videos` wrote.  Both may be empty until `open_training`, so that a config need not know
+      them.  batch: samples per step.  clips: of each sample, in order of time; with more
       than one, clips attend to earlier ones in the latter half of the layers, or where
       `task.memory_layers` says.
     adapters: None to move all parameters.  dtype: of the activations, None for the model's own;
@@ -97,9 +98,6 @@ class Training:
             raise InputError(
                 "task.object_weight is given; only rendered clips say where objects are"
             )
-        if not self.model or not self.data:
-            missing = "data" if self.model else "model"
-            raise InputError(f"{missing} is not given; add --set {missing}=FOLDER")
 
 
 @dataclass(frozen=True)
@@ -128,6 +126,9 @@ def open_training(training: Training) -> Open:
 
     Raises: InputError for a model that this cannot train; CheckpointError as `outline`.
     """
+    for name in ("model", "data"):
+        if not getattr(training, name):
+            raise InputError(f"{name} is not given; add --set {name}=FOLDER")
     bundle = typed(outline(training.model), training.dtype)
     if len(bundle.experts) > 1:
         raise InputError(f"{bundle.name} has two experts; give a model with one transformer")

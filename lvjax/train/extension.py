@@ -64,6 +64,14 @@ class ExtensionTask:
             raise InputError(f"given is {self.given}, so none is at an end; give last=0, both=0")
 
 
+PUBLISHED = ExtensionTask(
+    given=(0.1, 0.3, 0.3, 0.3), last=1 / 9, both=1 / 9, shift=5.0, fill="latent", remat=True
+)
+"""The task of "Towards Error-Free Long Video Generation", for a model of Wan's size: 0 to 9 given
+frames, the condition dropped in one of ten (arXiv:2606.22370, section 4.1); how often they are the
+last, or both ends, is ours."""
+
+
 # ---- what is given -----------------------------------------------------------------
 
 

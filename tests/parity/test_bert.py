@@ -23,6 +23,7 @@ from lvjax.core.params import abstract, count
 from lvjax.models import bert
 from lvjax.models.bert import BertConfig, bert_spec, encode_bert, sentence_features
 from tests.checkpoints_convert.in_memory import convert
+from tests.drawn import edited, swapped
 from tests.redrawn import arrays, redrawn
 from tests.tiny import relative
 
@@ -120,21 +121,6 @@ def test_what_padding_holds_is_not_read():
     assert not features("mean", mask=np.zeros_like(MASK)).any()
 
 
-def edited(path, change):
-    """The parameters with one array, or one subtree, changed."""
-    tree = jax.tree.map(lambda a: a, params())
-    *way, last = path.split("/")
-    node = tree
-    for name in way:
-        node = node[name]
-    node[last] = change(node[last])
-    return tree
-
-
-def swapped(path, first, second):
-    return rows(edited(path, lambda n: n | {first: n[second], second: n[first]}))
-
-
 def patched(monkeypatch, where, name, value):
     with monkeypatch.context() as patch:
         patch.setattr(where, name, value)
@@ -166,21 +152,23 @@ def unscaled_scores(monkeypatch):
 
 def type_by_token(monkeypatch):
     """The second row of types, which belongs to the second text of a pair."""
-    return rows(edited("type", lambda a: a[::-1]))
+    return rows(edited(params(), "type", lambda a: a[::-1]))
 
 
 MUTANTS = {
     "the GELU of tanh": tanh_gelu,
     "eps of 1e-5": lambda _: rows(params(), replace(CFG, eps=1e-5)),
     "padding not masked": lambda _: rows(params(), mask=np.ones_like(MASK)),
-    "token types missing": lambda _: rows(edited("type", np.zeros_like)),
+    "token types missing": lambda _: rows(edited(params(), "type", np.zeros_like)),
     "another token type": type_by_token,
-    "positions missing": lambda _: rows(edited("position", np.zeros_like)),
-    "positions from 2, as RoBERTa": lambda _: rows(edited("position", lambda a: np.roll(a, -2, 0))),
+    "positions missing": lambda _: rows(edited(params(), "position", np.zeros_like)),
+    "positions from 2, as RoBERTa": lambda _: rows(
+        edited(params(), "position", lambda a: np.roll(a, -2, 0))
+    ),
     "norms before the layers": norm_before,
-    "q and k swapped": lambda _: swapped("blocks/attn", "q", "k"),
-    "k and v swapped": lambda _: swapped("blocks/attn", "k", "v"),
-    "norms swapped": lambda _: swapped("blocks", "norm1", "norm2"),
+    "q and k swapped": lambda _: rows(swapped(params(), "blocks/attn", "q", "k")),
+    "k and v swapped": lambda _: rows(swapped(params(), "blocks/attn", "k", "v")),
+    "norms swapped": lambda _: rows(swapped(params(), "blocks", "norm1", "norm2")),
     "scores not scaled": unscaled_scores,
     "other heads": lambda _: rows(params(), replace(CFG, num_heads=8)),
 }

@@ -24,6 +24,7 @@ from lvjax.models import image_encoder
 from lvjax.models.image_encoder import ImageEncoderConfig, encode_image, image_encoder_spec
 from lvjax.nn.norm import layer_norm
 from tests.checkpoints_convert.in_memory import convert
+from tests.drawn import swapped
 from tests.redrawn import arrays, redrawn
 from tests.tiny import relative
 
@@ -84,13 +85,6 @@ def test_half_precision():
     assert got.dtype == np.float32 and 1e-4 < relative(got, wanted()) < 2e-2
 
 
-def swapped(first, second):
-    tree = jax.tree.map(lambda a: a, params())
-    attn = tree["blocks"]["attn"]
-    attn[first], attn[second] = attn[second], attn[first]
-    return ours(tree)
-
-
 def all_blocks():
     """As if there were one more block, so that what is the last becomes the last but one."""
     more = jax.tree.map(lambda a: np.concatenate([a, a[-1:]]), params()["blocks"])
@@ -141,8 +135,8 @@ MUTANTS = {
     "norm behind": lambda: layer_norm(ours(params()), CFG.eps, params()["post_norm"]),
     "no norm before": unnormed,
     "eps of 1e-6": lambda: ours(params(), replace(CFG, eps=1e-6)),
-    "q and k swapped": lambda: swapped("q", "k"),
-    "k and v swapped": lambda: swapped("k", "v"),
+    "q and k swapped": lambda: ours(swapped(params(), "blocks/attn", "q", "k")),
+    "k and v swapped": lambda: ours(swapped(params(), "blocks/attn", "k", "v")),
     "colours fastest": reordered,
     "positions moved": rolled,
     "rows and columns swapped": lambda: ours(params(), pixels=PIXELS.transpose(0, 2, 1, 3)),

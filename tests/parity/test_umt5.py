@@ -22,6 +22,7 @@ from lvjax.core.params import abstract, count
 from lvjax.models import umt5
 from lvjax.models.umt5 import UMT5Config, bucket, encode_text, umt5_spec
 from tests.checkpoints_convert.in_memory import convert
+from tests.drawn import edited, swapped
 from tests.redrawn import arrays, redrawn
 from tests.tiny import relative
 
@@ -132,36 +133,18 @@ def test_buckets():
     )
 
 
-def edited(path, change):
-    """The parameters with one array, or one subtree, of the blocks changed."""
-    tree = jax.tree.map(lambda a: a, params())
-    *way, last = ["blocks", *path.split("/")]
-    node = tree
-    for name in way:
-        node = node[name]
-    node[last] = change(node[last])
-    return tree
-
-
-def swapped(first, second):
-    tree = jax.tree.map(lambda a: a, params())
-    for group in ("attn", "ffn"):
-        node = tree["blocks"][group]
-        if first in node:
-            node[first], node[second] = node[second], node[first]
-    return ours(tree)
-
-
 def shared_bias():
-    return ours(edited("attn/relative_bias", lambda a: np.repeat(a[:1], CFG.num_layers, 0)))
+    return ours(
+        edited(params(), "blocks/attn/relative_bias", lambda a: np.repeat(a[:1], CFG.num_layers, 0))
+    )
 
 
 def scaled_scores():
-    return ours(edited("attn/q/kernel", lambda a: a * CFG.head_dim**-0.5))
+    return ours(edited(params(), "blocks/attn/q/kernel", lambda a: a * CFG.head_dim**-0.5))
 
 
 def no_bias():
-    return ours(edited("attn/relative_bias", np.zeros_like))
+    return ours(edited(params(), "blocks/attn/relative_bias", np.zeros_like))
 
 
 def patched(monkeypatch, where, name, value):
@@ -207,9 +190,9 @@ MUTANTS = {
     "1/sqrt(d)": lambda _: scaled_scores(),
     "padding not masked": lambda _: ours(params(), mask=np.ones_like(MASK)),
     "eps of 1e-5": lambda _: ours(params(), replace(CFG, eps=1e-5)),
-    "gate and linear swapped": lambda _: swapped("gate", "fc1"),
-    "q and k swapped": lambda _: swapped("q", "k"),
-    "k and v swapped": lambda _: swapped("k", "v"),
+    "gate and linear swapped": lambda _: ours(swapped(params(), "blocks/ffn", "gate", "fc1")),
+    "q and k swapped": lambda _: ours(swapped(params(), "blocks/attn", "q", "k")),
+    "k and v swapped": lambda _: ours(swapped(params(), "blocks/attn", "k", "v")),
     "exact GELU": exact_gelu,
     "query minus key": turned_distance,
     "mean removed": mean_removed,

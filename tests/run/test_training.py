@@ -144,10 +144,12 @@ def test_refusals(wan, stage1, tmp_path):
         ({"clips": 0}, "clips is 0"),
         ({"mesh": (1, 2)}, "mesh is"),
         ({"task": ExtensionTask(memory_layers=(0, 1))}, "clips is 1"),
-        ({"data": ""}, "data is not given"),
     ):
         with pytest.raises(InputError, match=says):
             replace(training(wan), **wrong)
+    for name in ("model", "data"):
+        with pytest.raises(InputError, match=f"{name} is not given; add --set {name}=FOLDER"):
+            open_training(replace(training(wan), **{name: ""}))
     with pytest.raises(InputError, match="does not take given frames yet"):
         open_training(training(wan, clips=2, adapters=Adapters(2)))
     with pytest.raises(InputError, match="lvjax convert"):
