@@ -279,6 +279,6 @@ def train_extension(recipe: Recipe, run: Run, store: ClipStore, latents: np.ndar
         recipe.extension,
         params,
         loss,
-        lambda stage: latent_batches(stage, latents, store, recipe.task.stride),
+        lambda stage: latent_batches(stage, latents, store, recipe.stride),
         run,
     )

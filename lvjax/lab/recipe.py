@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 
 from lvjax.core.errors import InputError
+from lvjax.core.fields import check_fields, whole
 from lvjax.data.clips import CLIP_FRAMES
 from lvjax.data.prompts import VOCABULARY
 from lvjax.models.config import DiTConfig, VAEConfig
@@ -49,6 +50,7 @@ class Recipe:
     """Everything that `train` needs; the defaults are the recipe of the weights in the package, but
     for the points that their model card names.
 
+    stride: new latent frames per clip.
     start: a bundle ("pocket" or a folder) to go on from: its autoencoder stays as it is but for the
       decoder stage, and the extension stages begin with its DiT and text encoder.
     """
@@ -70,6 +72,7 @@ class Recipe:
     defaults: Defaults = Defaults()
     videos: int = 3500
     clips: int = 6
+    stride: int = 3
     autoencoder: tuple[Stage, ...] = (
         Stage("vae_image", 16, 1, TrainOptions(2400, 3e-3, 80, 0.4, ema=0.998)),
         Stage("vae_clip5", 4, 5, TrainOptions(1200, 2e-3, 80, 0.3, ema=0.998)),
@@ -145,6 +148,4 @@ class Recipe:
         counts = (self.videos, self.clips)
         if not all(type(n) is int and n > 0 for n in counts):
             raise InputError(f"videos is {self.videos}, clips {self.clips}; give 1 or more of each")
-        seeds = [self.seed, *(s.options.seed for kind in KINDS for s in getattr(self, kind))]
-        if wrong := [n for n in seeds if type(n) is not int or not 0 <= n < 2**31]:
-            raise InputError(f"seed is {wrong[0]!r}; give a number from 0 to {2**31 - 1}")
+        check_fields(self, "", {"seed": whole(0, 2**31 - 1), "stride": whole()})

@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model is asked for when nothing else is said: `Defaults`, checked field by field."""
 
-import math
 from dataclasses import dataclass
 
 from lvjax.core.errors import InputError
+from lvjax.core.fields import (
+    FLAG,
+    Rule,
+    check_fields,
+    is_real,
+    is_whole,
+    one_of,
+    optional,
+    real,
+    whole,
+)
 from lvjax.flow.solvers import SOLVERS
 from lvjax.memory.placement import SELECTIONS
 from lvjax.methods import METHODS
 from lvjax.rollout.clipwise import POSITIONS
 from lvjax.rollout.condition import FILLS
-
-
-def _whole(x, low: int = 1, high: float = math.inf) -> bool:
-    return type(x) is int and low <= x <= high
-
-
-def _real(x, low: float, high: float) -> bool:
-    return type(x) in (int, float) and low <= x <= high
 
 
 def _pair(x, test) -> bool:
@@ -26,41 +28,43 @@ def _pair(x, test) -> bool:
 
 TYPES = ("float32", "bfloat16")
 ALLOWED = {
-    "fps": (lambda x: _whole(x, 1, 240), "a whole number from 1 to 240"),
-    "size": (lambda x: _pair(x, _whole), "(height, width) in pixels, for example (64, 64)"),
-    "clip_latents": (lambda x: _whole(x, 2), "a whole number from 2"),
-    "overlap": (_whole, "a whole number from 1"),
-    "steps": (lambda x: _whole(x, 1, 1000), "a whole number from 1 to 1000"),
-    "shift": (lambda x: _real(x, 1e-3, 1e3), "a number from 0.001 to 1000, for example 3.0"),
-    "solver": (lambda x: x in tuple(SOLVERS), f"one of {', '.join(SOLVERS)}"),
-    "guidance": (
-        lambda x: _real(x, 0, 100) or _pair(x, lambda y: _real(y, 0, 100)),
+    "fps": whole(1, 240),
+    "size": Rule(lambda x: _pair(x, is_whole), "(height, width) in pixels, for example (64, 64)"),
+    "clip_latents": whole(2),
+    "overlap": whole(),
+    "steps": whole(1, 1000),
+    "shift": real(1e-3, 1e3, "3.0"),
+    "solver": one_of(SOLVERS),
+    "guidance": Rule(
+        lambda x: is_real(x, 0, 100) or _pair(x, lambda y: is_real(y, 0, 100)),
         "a number from 0 to 100, 1 is none; or (low noise, high noise) for two experts",
     ),
-    "window": (
-        lambda x: _pair(x, lambda y: _real(y, 0, 1)) and x[0] < x[1],
+    "window": Rule(
+        lambda x: _pair(x, lambda y: is_real(y, 0, 1)) and x[0] < x[1],
         "(low, high) with 0 <= low < high <= 1, for example (0.3, 0.7)",
     ),
-    "positions": (lambda x: x in tuple(POSITIONS), f"one of {', '.join(POSITIONS)}"),
-    "fill": (lambda x: x in FILLS, f"one of {', '.join(FILLS)}"),
-    "capacity": (_whole, "a whole number from 1"),
-    "selection": (lambda x: x in tuple(SELECTIONS), f"one of {', '.join(SELECTIONS)}"),
-    "max_selected": (_whole, "a whole number from 1"),
-    "delta": (lambda x: _real(x, 1e-6, 2), "a number from 0.000001 to 2, for example 0.02"),
-    "spill": (lambda x: type(x) is bool, "True or False"),
-    "layers": (
-        lambda x: x is None or (_pair(x, lambda y: _whole(y, 0)) and x[0] < x[1]),
+    "positions": one_of(POSITIONS),
+    "fill": one_of(FILLS),
+    "capacity": whole(),
+    "selection": one_of(SELECTIONS),
+    "max_selected": whole(),
+    "delta": real(1e-6, 2, "0.02"),
+    "spill": FLAG,
+    "layers": Rule(
+        lambda x: x is None or (_pair(x, lambda y: is_whole(y, 0)) and x[0] < x[1]),
         "None or (first, last) with 0 <= first < last",
     ),
-    "upscale": (lambda x: _whole(x, 1, 64), "a whole number from 1 to 64"),
-    "lookahead": (lambda x: type(x) is bool, "True or False"),
-    "method": (lambda x: x in tuple(METHODS), f"one of {', '.join(METHODS)}"),
-    "negative": (lambda x: isinstance(x, str), "text"),
-    "boundary": (lambda x: x is None or _real(x, 1e-3, 0.999), "None or a number between 0 and 1"),
-    "impose": (lambda x: type(x) is bool, "True or False"),
-    "dtype": (lambda x: x is None or x in TYPES, f"None or one of {', '.join(TYPES)}"),
+    "upscale": whole(1, 64),
+    "lookahead": FLAG,
+    "method": one_of(METHODS),
+    "negative": Rule(lambda x: isinstance(x, str), "text"),
+    "boundary": Rule(
+        lambda x: x is None or is_real(x, 1e-3, 0.999), "None or a number between 0 and 1"
+    ),
+    "impose": FLAG,
+    "dtype": optional(one_of(TYPES)),
 }
-"""What each field of `Defaults` may be: a test, and the same in words."""
+"""What each field of `Defaults` may be."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +114,7 @@ class Defaults:
     dtype: str | None = None
 
     def __post_init__(self):
-        for name, (test, words) in ALLOWED.items():
-            if not test(value := getattr(self, name)):
-                raise InputError(f"defaults.{name} is {value!r}; give {words}")
+        check_fields(self, "defaults", ALLOWED)
         if self.overlap >= self.clip_latents:
             raise InputError(
                 f"defaults.overlap is {self.overlap}, clip_latents {self.clip_latents}; give an "

@@ -21,6 +21,7 @@ import numpy as np
 
 from lvjax.core.checkpoint import Stored
 from lvjax.core.errors import InputError
+from lvjax.core.fields import FLAG, check_fields, one_of, optional, real, whole
 from lvjax.core.mesh import make_mesh, shardings
 from lvjax.core.params import Spec, abstract, flatten, init, unflatten
 from lvjax.methods.error_free import memory_layers
@@ -30,7 +31,9 @@ from lvjax.models.lora import lora_spec, within
 from lvjax.models.pocket_text import PocketTextConfig, encode_text, text_spec
 from lvjax.rollout.condition import MASK
 from lvjax.run.bundle import Bundle, outline, typed
-from lvjax.train.extension import ExtensionTask, extension_loss
+from lvjax.run.defaults import TYPES
+from lvjax.run.plan import COMPILING, RUNTIME
+from lvjax.train.extension import TRAINED_FILLS, ExtensionTask, extension_loss
 from lvjax.train.state import (
     TrainOptions,
     init_state,
@@ -46,14 +49,25 @@ class Adapters:
     """LoRA on the self-attention of the layers that remember.
 
     rank: of each product.  targets: some of "q", "k", "v", "o"; the paper's are "k" and "v".
+    Raises: InputError naming the field.
     """
 
     rank: int = 64
     targets: tuple[str, ...] = ("k", "v")
 
     def __post_init__(self):
+        check_fields(self, "adapters", {"rank": whole()})
         if not self.targets or not set(self.targets) <= set("qkvo"):
             raise InputError(f"adapters.targets is {self.targets}; give some of q, k, v, o")
+
+
+RANGES = {
+    "batch": whole(),
+    "clips": whole(),
+    "dtype": optional(one_of(TYPES)),
+    "sample_seconds": real(1e-3, 86_400),
+    "tensorboard": FLAG,
+}
 
 
 @dataclass(frozen=True)
@@ -87,9 +101,7 @@ class Training:
     tensorboard: bool = False
 
     def __post_init__(self):
-        for name in ("batch", "clips"):
-            if type(value := getattr(self, name)) is not int or value < 1:
-                raise InputError(f"{name} is {value!r}; give a whole number from 1")
+        check_fields(self, "", RANGES)
         if len(self.mesh) != 3 or any(type(n) is not int or n < 1 for n in self.mesh):
             raise InputError(f"mesh is {self.mesh}; give devices for (rows, parameters, tokens)")
         if self.clips == 1 and self.task.memory_layers is not None:
@@ -150,6 +162,7 @@ def open_training(training: Training) -> Open:
             f"{bundle.name} does not take given frames yet; train all parameters first, without "
             "adapters, and give the bundle that this leaves"
         )
+    training = replace(training, task=replace(training.task, fill=_fill(training, bundle)))
     bundle = replace(bundle, dit=replace(bundle.dit, condition_channels=channels))
     layers = training.task.memory_layers
     if training.clips > 1 and layers is None:
@@ -163,6 +176,27 @@ def open_training(training: Training) -> Open:
         spec["dit"] = lora_spec(spec["dit"], targets, training.adapters.rank)
         fixed = tuple(k for k in flatten(spec) if not k.endswith(("/lora/a", "/lora/b")))
     return Open(training, bundle, spec, fixed, layers, make_mesh(*training.mesh))
+
+
+def _fill(training: Training, bundle: Bundle) -> str:
+    """What stands for frames that are not given: as the model knows it, if it takes given frames.
+
+    Raises: InputError for another under adapters, which cannot learn it, and for one that training
+      has not.
+    """
+    fill, own = training.task.fill, bundle.defaults.fill
+    if not bundle.dit.condition_channels:
+        return fill or "latent"
+    if training.adapters is not None and fill not in (None, own):
+        raise InputError(
+            f"task.fill is {fill!r}, {bundle.name} was trained with {own!r}; leave it None"
+        )
+    if (fill or own) not in TRAINED_FILLS:
+        raise InputError(
+            f"{bundle.name} fills what is not given with {own!r} frames, which needs its "
+            f"autoencoder; give task.fill={TRAINED_FILLS[0]!r}"
+        )
+    return fill or own
 
 
 def loss_of(opened: Open) -> Callable:
@@ -254,24 +288,34 @@ def _read(opened: Open) -> dict:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Bytes on one device, by purpose: state (what moves, its average and moments), weights that
-    stay, the batch, and scratch, by XLA's account of the compiled step.
+    """memory: bytes on one device, by purpose: state (what moves, its average and moments), weights
+    that stay, the batch, and scratch, by XLA's account of the compiled step.  devices: how many.
     """
 
     memory: dict[str, int]
+    devices: int = 1
 
     @property
     def device_bytes(self) -> int:
         """Peak on one device."""
         return sum(self.memory.values())
 
+    @property
+    def host_bytes(self) -> int:
+        """Peak of a process whose devices are its own cores: theirs, and what JAX and its compiler
+        take.
+        """
+        return round(self.device_bytes * self.devices + RUNTIME + COMPILING)
+
 
 def compiled_step(opened: Open, batch) -> tuple[Callable, TrainingPlan]:
     """The step, compiled before any weight is read, and what it takes.
 
     batch: one of the data's, as arrays or their shapes.
+    Raises: InputError for rows, or tokens of a clip, that the mesh does not divide.
     """
     o = opened.training.options
+    _check_mesh(opened, batch["latents"].shape)
     step = make_step(loss_of(opened), make_optimizer(o), o)
     state, fixed = shapes(opened)
     rows = jax.sharding.NamedSharding(opened.mesh, jax.sharding.PartitionSpec("data"))
@@ -284,7 +328,19 @@ def compiled_step(opened: Open, batch) -> tuple[Callable, TrainingPlan]:
         "batch": _held(batch),
         "scratch": int(compiled.memory_analysis().temp_size_in_bytes),
     }
-    return compiled, TrainingPlan(needs)
+    return compiled, TrainingPlan(needs, opened.mesh.size)
+
+
+def _check_mesh(opened: Open, shape: tuple[int, ...]) -> None:
+    (b, _, *clip, _), parts = shape, opened.training.options.accumulate
+    tokens = math.prod(n // p for n, p in zip(clip, opened.cfg.patch, strict=True))
+    rows, _, seq = opened.training.mesh
+    if b % (parts * rows):
+        raise InputError(
+            f"batch is {b}; give a multiple of options.accumulate x mesh[0], {parts} x {rows}"
+        )
+    if tokens % seq:
+        raise InputError(f"clips have {tokens} tokens; give a mesh[2] that divides them, not {seq}")
 
 
 def _held(tree) -> int:

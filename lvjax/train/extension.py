@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lvjax.core.errors import InputError
+from lvjax.core.fields import FLAG, check_fields, one_of, optional, real, whole
 from lvjax.core.shapes import expect
 from lvjax.memory.cache import KVCache, commit, init_cache, open_past, recall
 from lvjax.models.config import DiTConfig
@@ -24,21 +25,37 @@ from lvjax.models.dit import dit, embed_context
 from lvjax.nn.rope import axis_pairs, grid_table
 from lvjax.rollout.condition import MASK, blank
 
+TRAINED_FILLS = ("latent", "position")
+"""What can stand for frames that are not given where no autoencoder is at hand."""
+
+RANGES = {
+    "condition_noise": real(0),
+    "drop_text": real(0, 1),
+    "shift": real(1e-3, 1e3),
+    "trained": whole(1),
+    "forget": real(0, 1),
+    "object_weight": real(0),
+    "fill": optional(one_of(TRAINED_FILLS)),
+    "remat": FLAG,
+}
+
 
 @dataclass(frozen=True)
 class ExtensionTask:
     """given: probability of 0, 1, 2, ... given latent frames.  last, both: of those samples that
     are given any, the share that has them at the end, or at both ends; the rest has them at the
     beginning.
-    condition_noise: largest noise on the given latents.
+    condition_noise: standard deviation of the noise on given latents, at most.
     drop_text: probability of the null prompt.  shift: of the uniform noise level, s·u / (1 + (s -
       1)·u).
     memory_layers: the DiT layers that see earlier clips, None for no memory.  trained: how many
       clips of a sample, its last ones, have a loss.  forget: probability that an earlier clip which
-      was selected is not seen.  stride: new latent frames per clip.
+      was selected is not seen.
     object_weight: by how much more the error counts where an object is.  fill: what stands for
-    frames that are not given, see `rollout.condition.blank`.  remat: keep less for the backward
-    pass, of a layer and of a clip.
+      frames that are not given, one of `TRAINED_FILLS`, see `rollout.condition.blank`; None until
+      it is known what the model was trained with.  remat: keep less for the backward pass, of a
+      layer and of a clip.
+    Raises: InputError naming the field.
     """
 
     given: tuple[float, ...] = (0.1, 0.5, 0.4)
@@ -50,9 +67,8 @@ class ExtensionTask:
     memory_layers: tuple[int, int] | None = None
     trained: int = 1
     forget: float = 0.25
-    stride: int = 3
     object_weight: float = 0.0
-    fill: str = "latent"
+    fill: str | None = "latent"
     remat: bool = False
 
     def __post_init__(self):
@@ -62,10 +78,11 @@ class ExtensionTask:
             raise InputError(f"given is {self.given}; give probabilities that add up to 1")
         if len(self.given) < 2 and (self.last or self.both):
             raise InputError(f"given is {self.given}, so none is at an end; give last=0, both=0")
+        check_fields(self, "task", RANGES)
 
 
 PUBLISHED = ExtensionTask(
-    given=(0.1, 0.3, 0.3, 0.3), last=1 / 9, both=1 / 9, shift=5.0, fill="latent", remat=True
+    given=(0.1, 0.3, 0.3, 0.3), last=1 / 9, both=1 / 9, shift=5.0, fill=None, remat=True
 )
 """The task of "Towards Error-Free Long Video Generation", for a model of Wan's size: 0 to 9 given
 frames, the condition dropped in one of ten (arXiv:2606.22370, section 4.1); how often they are the
@@ -78,8 +95,8 @@ last, or both ends, is ours."""
 def condition_of(latents, first, fill: str, *, noise=None, last=None, tails=None):
     """Mask (4 channels, 1 = given) and condition latents of clips of which some frames are known.
 
-    latents [B, T, H, W, C].  first: int32 [B], so many latent frames are given at the beginning,
-    with `noise`, if any, added to them.
+    latents [B, T, H, W, C].  first: int32 [B], so many latent frames are given at the beginning.
+    noise: of the latents' shape, is added to what is given, wherever it is.
     last: int32 [B] or None, so many are given at the end; tails [B, R, R, H, W, C] are their
       latents, in row m - 1 the first m: the last 1 + 4(m - 1) pixel frames encoded alone.
     Returns: [B, T, H, W, 4 + C]; unknown frames are `blank(fill)`.
@@ -99,6 +116,7 @@ def condition_of(latents, first, fill: str, *, noise=None, last=None, tails=None
         mask = mask | whole[..., None] | (inside[..., None] & newest[None, None])
         own = jax.vmap(lambda rows, m: rows[jnp.maximum(m - 1, 0)])(tails, last)
         own = jax.vmap(lambda row, at: row[at])(own, jnp.clip(place, 0, own.shape[1] - 1))
+        own = own if noise is None else own + noise
         known = jnp.where(_cells(inside & ~head), own, known)
     mask = jnp.broadcast_to(mask[:, :, None, None], (*latents.shape[:-1], MASK))
     return jnp.concatenate([mask.astype(latents.dtype), known], axis=-1)
@@ -109,10 +127,11 @@ def _cells(frames):
     return frames[:, :, None, None, None]
 
 
-def draw_given(key, task: ExtensionTask, least):
+def draw_given(key, task: ExtensionTask, least, frames: int):
     """How many latent frames are given at the beginning and at the end, int32 [B] each.
 
-    least: int32 [B], the fewest at the beginning; rows that need any have them there.
+    least: int32 [B], the fewest at the beginning; rows that need any have them there.  frames: of a
+    clip; where both ends together had all of it, the end has fewer.
     """
     count, where = jax.random.split(key)
     shape, odds = least.shape, jnp.array(task.given, jnp.float32)
@@ -120,7 +139,8 @@ def draw_given(key, task: ExtensionTask, least):
     u = jax.random.uniform(where, shape)
     end, ends = u < task.last, (u >= task.last) & (u < task.last + task.both)
     end, ends = end & (least == 0), ends & (least == 0)
-    return jnp.where(end, 0, jnp.maximum(n, least)), jnp.where(end | ends, n, 0)
+    last = jnp.where(ends, jnp.minimum(n, frames - n), jnp.where(end, n, 0))
+    return jnp.where(end, 0, jnp.maximum(n, least)), last
 
 
 # ---- the memory --------------------------------------------------------------------
@@ -202,7 +222,10 @@ def extension_loss(cfg: DiTConfig, text: Callable, task: ExtensionTask):
       With K > 1: frame int32 [B, K], the latent frame that each clip begins with, equal in all
       rows; given int32 [B, K], how many each was given when it was made; visible bool [B, K, K],
       which earlier clips each sees.
-    Raises: InputError when a sample has fewer clips than have a loss, or several without a memory.
+    A prompt that is dropped is dropped for the whole sample, earlier clips included: so does a
+    rollout remember for the half of guidance that has no prompt.
+    Raises: InputError when a sample has fewer clips than have a loss, or several without a memory,
+      or clips that may be given as a whole; for task.fill=None.
     """
 
     def loss(params, batch, key):
@@ -216,13 +239,20 @@ def extension_loss(cfg: DiTConfig, text: Callable, task: ExtensionTask):
                 f"{task.memory_layers}; give as many clips as have a loss, and memory layers for "
                 "more than one"
             )
+        if len(task.given) > t:
+            raise InputError(
+                f"task.given goes up to {len(task.given) - 1} latent frames, clips have {t}; give "
+                f"at most {t} probabilities"
+            )
+        if task.fill is None:
+            raise InputError(f"task.fill is None; give one of {', '.join(TRAINED_FILLS)}")
         dropped = jax.random.uniform(jax.random.fold_in(key, 0), (b,)) < task.drop_text
         rows = _with_null(batch["text"], batch["null"], dropped)
         first = k - task.trained
         contexts = _contexts(params, rows[:, first:], text, cfg)
         memory = None
         if k > 1:
-            memory = _memory(params, batch, z, text, jax.random.fold_in(key, 1), cfg, task)
+            memory = _memory(params, batch, z, rows, text, jax.random.fold_in(key, 1), cfg, task)
 
         def clip(total, xs):
             i, context = xs
@@ -241,7 +271,7 @@ def extension_loss(cfg: DiTConfig, text: Callable, task: ExtensionTask):
         index = first + jnp.arange(task.trained, dtype=jnp.int32)
         zero = jnp.zeros((), jnp.float32)
         (error, weight), _ = jax.lax.scan(body, (zero, zero), (index, contexts))
-        return error / weight, {}
+        return error / jnp.maximum(weight, 1), {}  # where `least` gives all, nothing is learnt
 
     return loss
 
@@ -250,7 +280,7 @@ def _error(params, own, context, keys, past, turn, cfg: DiTConfig, task: Extensi
     """Weighted squared velocity error of one clip, and the sum of its weights."""
     z = own["latents"]
     b, t = z.shape[:2]
-    first, last = draw_given(keys[0], task, own["least"])
+    first, last = draw_given(keys[0], task, own["least"], t)
     sigma = _shifted(jax.random.uniform(keys[1], (b,)), task.shift)
     noise = jax.random.normal(keys[2], z.shape)
     level = task.condition_noise * jax.random.uniform(keys[3], (b, 1, 1, 1, 1))
@@ -292,15 +322,15 @@ def _contexts(params, rows, text: Callable, cfg: DiTConfig):
     return jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, b, k, *a.shape[2:]), 2, 0), found)
 
 
-def _memory(params, batch, z, text: Callable, key, cfg: DiTConfig, task: ExtensionTask):
+def _memory(params, batch, z, rows, text: Callable, key, cfg: DiTConfig, task: ExtensionTask):
     """The cache of all clips of the samples but the last; the places of all frames, int32 [K, T];
-    and what each clip sees of those in the cache, bool [B, K, K - 1].
+    and what each clip sees of those in the cache, bool [B, K, K - 1].  rows: prompts [B, K, ...].
     """
     k, t = z.shape[1:3]
     frames = batch["frame"][0][:, None] + jnp.arange(t, dtype=jnp.int32)[None]
     visible = (batch["visible"] & jnp.tril(jnp.ones((k, k), bool), -1)[None])[:, :, :-1]
     fixed = jax.lax.stop_gradient(params)
     clips, given, seen = (jnp.moveaxis(a[:, :-1], 1, 0) for a in (z, batch["given"], visible))
-    contexts = _contexts(fixed, batch["text"][:, :-1], text, cfg)
+    contexts = _contexts(fixed, rows[:, :-1], text, cfg)
     cache = remember(fixed["dit"], clips, contexts, given, frames[:-1], seen, cfg, task)
     return cache, frames, visible & (jax.random.uniform(key, (k, k - 1)) >= task.forget)[None]

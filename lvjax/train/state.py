@@ -17,6 +17,7 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lvjax.core.errors import InputError
+from lvjax.core.fields import check_fields, one_of, real, whole
 from lvjax.core.params import flatten, unflatten
 
 
@@ -33,16 +34,33 @@ class TrainState:
     key: jax.Array
 
 
-NONFINITE = ("stop", "skip")
+RANGES = {
+    "steps": whole(),
+    "learning_rate": real(0),
+    "warmup": whole(0),
+    "decay_from": real(0, 1),
+    "b2": real(0, 1),
+    "weight_decay": real(0),
+    "clip": real(1e-12),
+    "ema": real(0, 1),
+    "seed": whole(0, 2**31 - 1),
+    "save_every": real(0),
+    "log_every": whole(),
+    "accumulate": whole(),
+    "nonfinite": one_of(("stop", "skip")),
+    "sample_every": whole(0),
+}
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """steps: of the whole run.  learning_rate: after `warmup` steps, decaying linearly to zero from
-    step `decay_from`·steps.
+    """steps: of the whole run.  learning_rate: after `warmup` steps, in which it grows from zero,
+    decaying linearly to zero from step `decay_from`·steps.
 
-    ema: decay of the average, lower at the beginning: min(ema, (1 + n) / (10 + n)).  accumulate:
-      parts that a batch is done in, one after another, their gradients averaged.
+    b2, weight_decay: of AdamW, whose b1 is 0.9.  clip: the gradient's largest global norm.
+    ema: decay of the average, lower at the beginning: min(ema, (1 + n) / (10 + n)).
+    seed: of every random draw.  accumulate: parts that a batch is done in, one after another; the
+      loss is the mean of theirs, each over the frames of its own rows.
     nonfinite: what a gradient that is not finite does: "stop" the run, or "skip" the step, at most
       ten in a row.
     save_every: seconds between checkpoints.  log_every, sample_every: steps; 0 makes no samples.
@@ -65,12 +83,7 @@ class TrainOptions:
     sample_every: int = 0
 
     def __post_init__(self):
-        for name, least in (("steps", 1), ("log_every", 1), ("accumulate", 1), ("sample_every", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise InputError(f"options.{name} is {value!r}; give a whole number from {least}")
-        if self.nonfinite not in NONFINITE:
-            raise InputError(f"options.nonfinite is {self.nonfinite!r}; give one of {NONFINITE}")
+        check_fields(self, "options", RANGES)
 
 
 IN_A_ROW = 10  # steps that "skip" leaves out before it gives up

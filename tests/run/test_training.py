@@ -139,6 +139,20 @@ def test_weights_that_stay_keep_their_type(stage1):
     assert {a.dtype.name for a in jax.tree.leaves(fixed)} == {"float32"}  # as the folder has them
 
 
+def test_what_is_not_given_looks_as_the_model_knows_it(wan, stage1, tmp_path):
+    def fill(model, **changes):
+        return open_training(training(model, **changes)).training.task.fill
+
+    asked, lora = ExtensionTask(fill=None), {"clips": 2, "adapters": Adapters(2)}
+    other = replace(asked, fill="position")
+    assert fill(wan, task=asked) == "latent" and fill(wan, task=other) == "position"
+    assert fill("pocket", task=asked) == "position"
+    assert fill(stage1[0], task=asked, **lora) == "latent"
+    assert fill(stage1[0], task=other) == "position"
+    with pytest.raises(InputError, match="'position', .* was trained with 'latent'; leave it None"):
+        fill(stage1[0], task=other, **lora)
+
+
 def test_refusals(wan, stage1, tmp_path):
     for wrong, says in (
         ({"clips": 0}, "clips is 0"),
@@ -150,6 +164,13 @@ def test_refusals(wan, stage1, tmp_path):
     for name in ("model", "data"):
         with pytest.raises(InputError, match=f"{name} is not given; add --set {name}=FOLDER"):
             open_training(replace(training(wan), **{name: ""}))
+    with pytest.raises(InputError, match="batch is 2; give a multiple of options.accumulate x"):
+        opened = open_training(
+            training(wan, mesh=(2, 1, 1), options=replace(OPTIONS, accumulate=2))
+        )
+        compiled_step(opened, batches(1)(0))
+    with pytest.raises(InputError, match="clips have 12 tokens; .* not 8"):
+        compiled_step(open_training(training(wan, mesh=(1, 1, 8))), batches(1)(0))
     with pytest.raises(InputError, match="does not take given frames yet"):
         open_training(training(wan, clips=2, adapters=Adapters(2)))
     with pytest.raises(InputError, match="lvjax convert"):

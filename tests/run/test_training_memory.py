@@ -28,7 +28,6 @@ STEP = """
 import json, sys, time
 import jax, numpy as np
 from lvjax.core.mesh import shard_batch
-from lvjax.run.plan import COMPILING, RUNTIME
 from lvjax.run.training import Adapters, Training, begin, compiled_step, open_training
 from lvjax.train.extension import ExtensionTask
 from lvjax.train.state import TrainOptions
@@ -62,7 +61,7 @@ with jax.set_mesh(opened.mesh):
 moved = float(abs(state.params["dit"]["blocks"]["self_attn"]["k"]["lora"]["b"]).max())
 print(json.dumps({
     "loss": loss, "moved": moved, "seconds": time.monotonic() - began, "peak": memory("VmHWM:"),
-    "planned": RUNTIME + COMPILING + plan.device_bytes, "memory": plan.memory,
+    "planned": plan.host_bytes, "memory": plan.memory,
 }))
 """
 

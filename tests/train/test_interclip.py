@@ -246,12 +246,48 @@ def test_a_picture_to_end_with_is_masked_as_in_sampling():
 
 def test_where_frames_are_given_follows_the_shares():
     task = ExtensionTask(given=(0.1, 0.3, 0.3, 0.3), last=0.1, both=0.2)
-    first, last = draw_given(jax.random.key(0), task, jnp.zeros(20_000, jnp.int32))
+    first, last = draw_given(jax.random.key(0), task, jnp.zeros(20_000, jnp.int32), 6)
     start, end = first > 0, last > 0
     shares = [np.mean(x) for x in (start & ~end, ~start & end, start & end, ~start & ~end)]
     np.testing.assert_allclose(shares, [0.63, 0.09, 0.18, 0.1], atol=0.01)
-    first, last = draw_given(jax.random.key(0), task, jnp.full(1000, 2, jnp.int32))
+    first, last = draw_given(jax.random.key(0), task, jnp.full(1000, 2, jnp.int32), 6)
     assert first.min() == 2 and not last.any()
+    ends = replace(task, last=0.0, both=1.0)
+    first, last = draw_given(jax.random.key(0), ends, jnp.zeros(1000, jnp.int32), 5)
+    assert set(zip(first.tolist(), last.tolist(), strict=True)) == {(0, 0), (1, 1), (2, 2), (3, 2)}
+
+
+def test_the_noise_is_on_what_is_given_at_either_end():
+    rng = np.random.default_rng(0)
+    z, noise = (jnp.asarray(rng.standard_normal((1, 5, 2, 2, 16)), jnp.float32) for _ in "ab")
+    tails = jnp.asarray(rng.standard_normal((1, 2, 2, 2, 2, 16)), jnp.float32)
+    one, two = jnp.full(1, 1, jnp.int32), jnp.full(1, 2, jnp.int32)
+    made = condition_of(z, one, "latent", noise=noise, last=two, tails=tails)[0, ..., MASK:]
+    np.testing.assert_array_equal(made[0], (z + noise)[0, 0])
+    np.testing.assert_array_equal(made[3:], tails[0, 1] + noise[0, 3:])
+    assert not made[1:3].any()
+
+
+def test_clips_that_are_given_as_a_whole_teach_nothing():
+    task = ExtensionTask(given=(1.0,), drop_text=0.0)
+    whole = {k: v[:, :1] if k != "null" else v for k, v in batch().items()}
+    whole["least"] = np.full((2, 1), T, np.int32)
+    loss = extension_loss(DIT, embeddings, task)
+    grads = jax.grad(lambda p: loss(p, whole, jax.random.key(0))[0])(params())
+    assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(grads))
+
+
+def test_a_dropped_prompt_is_dropped_in_the_memory_too():
+    """Then no prompt of the sample matters."""
+    task = replace(TASK, drop_text=1.0, trained=1)
+    loss, own = jax.jit(extension_loss(DIT, embeddings, task)), batch()
+    other = own | {"text": own["text"] + 1}
+    values = [float(loss(params(), b, jax.random.key(0))[0]) for b in (own, other)]
+    assert values[0] == values[1]
+    kept = jax.jit(extension_loss(DIT, embeddings, replace(task, drop_text=0.0)))
+    earlier = own | {"text": np.concatenate([own["text"][:, :2] + 1, own["text"][:, 2:]], axis=1)}
+    values = [float(kept(params(), b, jax.random.key(0))[0]) for b in (own, earlier)]
+    assert values[0] != values[1]
 
 
 def test_refusals():
@@ -262,3 +298,27 @@ def test_refusals():
     with pytest.raises(InputError, match="memory layers None"):
         task = replace(TASK, memory_layers=None)
         extension_loss(DIT, embeddings, task)(params(), batch(), None)
+    with pytest.raises(InputError, match="up to 4 latent frames, clips have 4"):
+        task = replace(TASK, given=(0.2,) * 5)
+        extension_loss(DIT, embeddings, task)(params(), batch(), None)
+    with pytest.raises(InputError, match="task.fill is None"):
+        extension_loss(DIT, embeddings, replace(TASK, fill=None))(params(), batch(), None)
+    for wrong, says in (
+        ({"fill": "pixel"}, "task.fill is 'pixel'; give None or one of latent, position"),
+        ({"fill": "postion"}, "task.fill is 'postion'"),
+        ({"trained": 0}, "task.trained is 0; give a whole number from 1"),
+        ({"forget": 1.5}, "task.forget is 1.5; give a number from 0 to 1"),
+        ({"shift": float("nan")}, "task.shift is nan; give a number from 0.001 to 1000"),
+        ({"remat": 1}, "task.remat is 1; give True or False"),
+    ):
+        with pytest.raises(InputError, match=says):
+            ExtensionTask(**wrong)
+    for wrong, says in (
+        ({"save_every": None}, "options.save_every is None; give a number from 0"),
+        ({"ema": 1.1}, "options.ema is 1.1; give a number from 0 to 1"),
+        ({"clip": 0}, "options.clip is 0; give a number from "),
+        ({"seed": -1}, "options.seed is -1; give a whole number from 0 to 2147483647"),
+        ({"learning_rate": "1e-3"}, "options.learning_rate is '1e-3'"),
+    ):
+        with pytest.raises(InputError, match=says):
+            TrainOptions(**{"steps": 3, "learning_rate": 1e-3} | wrong)
