@@ -164,7 +164,7 @@ def test_refusals(wan, stage1, tmp_path):
     for name in ("model", "data"):
         with pytest.raises(InputError, match=f"{name} is not given; add --set {name}=FOLDER"):
             open_training(replace(training(wan), **{name: ""}))
-    with pytest.raises(InputError, match="batch is 2; give a multiple of options.accumulate x"):
+    with pytest.raises(InputError, match="batch is 2; give a multiple of 4, for options.acc"):
         opened = open_training(
             training(wan, mesh=(2, 1, 1), options=replace(OPTIONS, accumulate=2))
         )
