@@ -41,6 +41,9 @@ SETTINGS, REFERENCE = "settings.json", "reference"
 SEED = 100  # the first sampling seed; thresholds and obedience used 0 and 1
 UPSCALE = 2  # of the videos in the folder: H.264 halves the resolution of colour
 BATCH = 12  # clips at a time through the autoencoder
+NOT_MODELS = ("size", "window", "spill", "lookahead", "method", "upscale", "boundary", "impose")
+"""Defaults of a model that decide no figure here: cells, or `sample`, set the first five; the sixth
+is for showing videos, and the last two are of another method."""
 
 
 @dataclass(frozen=True)
@@ -132,15 +135,17 @@ def check(bundle: Bundle, settings: Settings) -> None:
 
 
 def about(bundle: Bundle, settings: Settings) -> dict[str, Any]:
-    """Everything that decides the figures of a folder, JSON-able."""
+    """Everything that decides the figures of a folder, JSON-able: of the model's defaults all but
+    `NOT_MODELS`.
+    """
     d = dataclasses.asdict(bundle.defaults)
-    own = ("solver", "shift", "guidance", "positions", "fill", "capacity", "layers", "overlap")
+    own = {k: v for k, v in d.items() if k not in NOT_MODELS}
     return json.loads(
         json.dumps(
             {
                 "format": FORMAT,
                 **dataclasses.asdict(settings),
-                "sampler": {k: d[k] for k in own} | {"steps": settings.steps or d["steps"]},
+                "sampler": own | {"steps": settings.steps or d["steps"]},
                 "model": bundle.name,
                 "weights": bundle.hashes,
                 "versions": cards.versions(),
@@ -277,8 +282,9 @@ def sample(
     one will want.  Without memory the bank holds the clip being made alone.
     """
     d = bundle.defaults
+    capacity = d.capacity if cell.memory else 1
     chosen = dataclasses.replace(
-        d, window=cell.window, capacity=d.capacity if cell.memory else 1, lookahead=True
+        d, window=cell.window, capacity=capacity, lookahead=True, spill=False
     )
     request = Request(
         tuple(t.moments for t in timelines),

@@ -17,6 +17,7 @@ from lvjax.lab.timelines import draw_timelines
 from tests.tiny import tiny_bundle
 
 SMALL = lab.Settings(seconds=4.0, seeds=2, timelines=2, cells=("full", "baseline"), quick=True)
+REAL = ("shift", "guidance", "delta")  # fields of Defaults that are no whole numbers
 QUALITY = {"full": 4, "baseline": 40}  # what is added to the world's frames
 
 
@@ -113,6 +114,23 @@ def test_other_settings_are_refused_but_seeds_may_be_added(bundle, tmp_path):
         lab.claim(bundle, more, tmp_path)
 
 
+def test_every_default_that_decides_figures_is_refused_when_it_changes(tmp_path):
+    changed = {"selection": "last", "layers": (0, 1), "solver": "euler", "positions": "absolute"}
+    changed |= {"fill": "latent", "negative": "blurred", "dtype": "bfloat16"}
+    bundle = tiny_bundle()
+    lab.claim(bundle, SMALL, tmp_path)
+    for f in dataclasses.fields(bundle.defaults):
+        if f.name in lab.NOT_MODELS:
+            continue
+        value = changed.get(f.name) or getattr(bundle.defaults, f.name) * 1.25
+        value = value if f.name in changed or f.name in REAL else round(value + 1)
+        other = dataclasses.replace(bundle.defaults, **{f.name: value})
+        with pytest.raises(InputError, match=f"sampler.{f.name} was"):
+            lab.claim(dataclasses.replace(bundle, defaults=other), SMALL, tmp_path)
+    spills = dataclasses.replace(bundle.defaults, spill=True)
+    lab.claim(dataclasses.replace(bundle, defaults=spills), SMALL, tmp_path)
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -150,6 +168,8 @@ def test_cells_differ_in_memory_and_window_alone(monkeypatch):
 
     monkeypatch.setattr(lab, "open_session", opened)
     bundle, timelines = tiny_bundle(), draw_timelines(2, 101)
+    spills = dataclasses.replace(bundle.defaults, spill=True)  # beside lookahead: no such defaults
+    bundle = dataclasses.replace(bundle, defaults=spills)
     for cell in lab.CELLS.values():
         list(lab.sample(bundle, cell, 100, timelines, steps=3))
     found = [(d.capacity, d.window) for d, _ in asked]
