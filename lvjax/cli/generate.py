@@ -62,7 +62,26 @@ PLACES = ("model", "lora", "embeddings", "selection_encoder")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_content(parser.add_argument)
+    _add_model(parser.add_argument)
+    drive.add_offload(parser)
     add = parser.add_argument
+    add("--config", help="a config file or name with any of these settings")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the config, for example --set defaults.shift=5.0",
+    )
+    add("--out", default="out.mp4", metavar="FILE", help="default: out.mp4")
+    add("--overwrite", action="store_true", help="replace a video that is already there")
+    add("--resume", action="store_true", help="continue the interrupted run that wrote --out")
+    add("--quiet", action="store_true", help="no plan and no progress")
+
+
+def _add_content(add) -> None:
+    """What is to be seen."""
     add(
         "--prompt",
         action="append",
@@ -98,6 +117,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance", metavar="G", help="guidance scale, 1 is none; LOW,HIGH for two experts")
     add("--seed", type=int, help="default: 0")
     add("--method", choices=sorted(METHODS), help="default: the model's own")
+
+
+def _add_model(add) -> None:
+    """What makes it."""
     add("--model", help='"pocket" (default) or a folder')
     add(
         "--lora",
@@ -114,19 +137,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a sentence encoder, as all-MiniLM-L6-v2, by which clips with similar prompts are "
         "selected (default: the model's own text encoder)",
     )
-    drive.add_offload(parser)
-    add("--config", help="a config file or name with any of these settings")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change the config, for example --set defaults.shift=5.0",
-    )
-    add("--out", default="out.mp4", metavar="FILE", help="default: out.mp4")
-    add("--overwrite", action="store_true", help="replace a video that is already there")
-    add("--resume", action="store_true", help="continue the interrupted run that wrote --out")
-    add("--quiet", action="store_true", help="no plan and no progress")
 
 
 def run(args) -> int:

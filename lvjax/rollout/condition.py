@@ -39,13 +39,15 @@ def given_frames(available: int, overlap: int) -> int:
     return most - (most - 1) % MASK if most else 0
 
 
-def frame_mask(latent_frames: int, first: int, last: bool = False) -> np.ndarray:
-    """The mask of a clip by latent frame, float32 [T, 4]: 1 for the `first` pixel frames, and for
-    the last one if it is given too.
+def frame_mask(latent_frames: int, first, last=0):
+    """The mask of a clip by latent frame, bool [..., T, 4]: the `first` pixel frames are given and
+    the `last` ones, each a number or an int32 array [...].
     """
-    given = np.arange(pixel_frames(latent_frames)) < first
-    given[-1] |= last
-    return np.concatenate([given[:1].repeat(MASK), given[1:]]).reshape(-1, MASK).astype(np.float32)
+    total = pixel_frames(latent_frames)
+    pixel = np.arange(total, dtype=np.int32)[(None,) * np.ndim(first)]
+    first, last = (n if hasattr(n, "shape") else np.int32(n) for n in (first, last))
+    given = (pixel < first[..., None]) | (pixel >= total - last[..., None])
+    return given[..., np.maximum(np.arange(1 - MASK, total), 0).reshape(-1, MASK)]
 
 
 def first_condition(encode: Callable, source, size, *, fill: str = "latent", overlap: int = 2):
@@ -101,7 +103,7 @@ def condition(
     rest = (b, t - latents.shape[1], h, w, z)
     rest = jnp.broadcast_to(blank(fill, rest[2:]), rest)
     latents = jnp.concatenate([latents.astype(jnp.float32), rest], axis=1)
-    return _layout(frame_mask(t, given, last is not None), latents)
+    return with_mask(frame_mask(t, given, last is not None), latents)
 
 
 def start_condition(encode: Callable, frames, size: tuple[int, int, int, int, int]):
@@ -114,7 +116,7 @@ def start_condition(encode: Callable, frames, size: tuple[int, int, int, int, in
     expect(frames, "B P H W C", "video", B=b, P=pixel_frames(t), C=3)
     latents = encode(frames)
     expect(latents, "B T H W C", "video latents", B=b, T=t, H=h, W=w, C=z)
-    return _layout(frame_mask(t, 0), latents.astype(jnp.float32))
+    return with_mask(frame_mask(t, 0), latents.astype(jnp.float32))
 
 
 def _among_grey(frames, last, total: int):
@@ -125,9 +127,9 @@ def _among_grey(frames, last, total: int):
     return jnp.concatenate([padded, *tail], axis=1)
 
 
-def _layout(mask: np.ndarray, latents):
-    """mask [T,4] of every cell, then latents [B,T,h,w,z]."""
-    mask = jnp.asarray(mask).reshape(1, -1, 1, 1, MASK)
+def with_mask(mask, latents):
+    """A condition: the mask, bool [T,4] or [B,T,4], of every cell, then latents [B,T,h,w,z]."""
+    mask = jnp.asarray(mask)[..., None, None, :].astype(latents.dtype)
     mask = jnp.broadcast_to(mask, (*latents.shape[:-1], MASK))
     return jnp.concatenate([mask, latents], axis=-1)
 

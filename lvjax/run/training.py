@@ -5,8 +5,9 @@ it begins with.
 Stage 1 of "Towards Error-Free Long Video Generation" moves all parameters of a transformer, which
 gets a projection of given frames that begins with zeros, so that step 0 is the model itself.  Stage
 2 moves adapters of the layers that remember (arXiv:2606.22370, sections on video extension and on
-inter-clip causal attention).  Neither the autoencoder nor a large text encoder takes memory: the data are latents and rows of text
-(`lvjax encode`); the autoencoder's file is read for its checksum, and for samples on the way.
+inter-clip causal attention).  Neither the autoencoder nor a large text encoder takes memory: the
+data are latents and rows of text (`lvjax encode`); the autoencoder's file is read for its checksum,
+and for samples on the way.
 Does not own: losses, steps and checkpoints (lvjax/train), what is written at the end (trained.py).
 """
 

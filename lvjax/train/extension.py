@@ -23,7 +23,7 @@ from lvjax.memory.cache import KVCache, commit, init_cache, open_past, recall
 from lvjax.models.config import DiTConfig
 from lvjax.models.dit import dit, embed_context
 from lvjax.nn.rope import axis_pairs, grid_table
-from lvjax.rollout.condition import MASK, blank
+from lvjax.rollout.condition import MASK, blank, frame_mask, pixel_frames, with_mask
 
 TRAINED_FILLS = ("latent", "position")
 """What can stand for frames that are not given where no autoencoder is at hand."""
@@ -105,21 +105,16 @@ def condition_of(latents, first, fill: str, *, noise=None, last=None, tails=None
     frame = jnp.arange(t, dtype=jnp.int32)[None, :]
     seen = latents if noise is None else latents + noise
     head = frame < first[:, None]
-    mask = jnp.broadcast_to(head[..., None], (*head.shape, MASK))
     known = jnp.where(_cells(head), seen, blank(fill, size))
+    pixels = [jnp.maximum(pixel_frames(first), 0)]
     if last is not None:
+        pixels.append(jnp.maximum(pixel_frames(last), 0))
         place = frame - (t - last[:, None])  # in the tail, from 0 on
-        inside = (place >= 0) & (last > 0)[:, None]
-        # the first latent frame of a clip stands for one pixel frame, here the last of its four
-        whole = inside & (place > 0)
-        newest = jnp.arange(MASK) == MASK - 1
-        mask = mask | whole[..., None] | (inside[..., None] & newest[None, None])
         own = jax.vmap(lambda rows, m: rows[jnp.maximum(m - 1, 0)])(tails, last)
         own = jax.vmap(lambda row, at: row[at])(own, jnp.clip(place, 0, own.shape[1] - 1))
         own = own if noise is None else own + noise
-        known = jnp.where(_cells(inside & ~head), own, known)
-    mask = jnp.broadcast_to(mask[:, :, None, None], (*latents.shape[:-1], MASK))
-    return jnp.concatenate([mask.astype(latents.dtype), known], axis=-1)
+        known = jnp.where(_cells((place >= 0) & ~head), own, known)
+    return with_mask(frame_mask(t, *pixels), known)
 
 
 def _cells(frames):
