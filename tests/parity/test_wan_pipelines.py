@@ -346,10 +346,11 @@ SAMPLING = (
 
 @pytest.mark.parametrize("name, mutate", SAMPLING, ids=lambda a: getattr(a, "__name__", a))
 def test_mistakes_of_the_sampler_are_noticed(name, mutate, monkeypatch):
+    right = wanted(name)[0]
     mutate(monkeypatch)
     monkeypatch.setattr(wan_module, "decode", lambda params, latents, cfg: latents)
     latents, _ = ours(name, sampler, finisher)
-    assert relative(latents, wanted(name)[0]) > NOTICED
+    assert relative(latents, right) > NOTICED
 
 
 # --- mistakes of the inputs: the same programs ----------------------------------------------------
@@ -392,9 +393,9 @@ def image_encoded_alone(patch):
 
 
 def latents_before_mask(patch):
-    right = condition_module._layout
+    right = condition_module.with_mask
     wrong = lambda mask, latents: jnp.roll(right(mask, latents), -4, -1)  # noqa: E731
-    patch.setattr(condition_module, "_layout", wrong)
+    patch.setattr(condition_module, "with_mask", wrong)
 
 
 INPUTS = (
@@ -409,5 +410,6 @@ INPUTS = (
 
 @pytest.mark.parametrize("name, mutate", INPUTS, ids=lambda a: getattr(a, "__name__", a))
 def test_mistakes_of_the_inputs_are_noticed(name, mutate, monkeypatch):
+    right = wanted(name)[0]
     mutate(monkeypatch)
-    assert relative(ours(name)[0], wanted(name)[0]) > NOTICED
+    assert relative(ours(name)[0], right) > NOTICED
