@@ -2,7 +2,9 @@
 """`lvjax lab`: experiments of papers on the pocket world, each with a report.
 
 `lab error-free` runs the ablations of "Towards Error-Free Long Video Generation" and goes on where
-it stopped; `lab export-vbench` copies the videos of such a folder into VBench's layout.
+it stopped.  It trains nothing: the pocket model of the package was trained with memory and has
+every part that the cells need; `--model` takes another that `lvjax train` made.  `lab
+export-vbench` copies the videos of such a folder into VBench's layout.
 """
 
 import argparse
@@ -45,7 +47,8 @@ def _error_free(parser: argparse.ArgumentParser) -> None:
 
     add("--quick", action="store_true", help="short videos and few of them; the report says so")
     add("--folder", default="runs/error-free", help="what is done there is not made again")
-    add("--model", default="pocket", help='"pocket" (default) or a folder')
+    model = '"pocket" (default), which lvjax brings trained; or a folder of `lvjax train`'
+    add("--model", default="pocket", help=model)
     add("--seconds", type=float, help=f"length of every video {default('seconds')}")
     add("--seeds", type=int, help=f"sampling seeds per timeline {default('seeds')}")
     add("--timelines", type=int, help=f"held-out timelines {default('timelines')}")
@@ -84,8 +87,8 @@ def run_error_free(args) -> int:
         )
         if not done:
             print(
-                f"lvjax: stopped, what is done is kept; the same command goes on from "
-                f"{one_line(folder)}",
+                f"lvjax: stopped; {one_line(folder)} keeps the runs that are done, the one in "
+                "hand begins again with the same command",
                 file=sys.stderr,
             )
             return stop.code

@@ -24,9 +24,10 @@ from lvjax.core.checkpoint import load_arrays, save_arrays, sealed, unsealed, wr
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.data.clips import CLIP_FRAMES
 from lvjax.data.world import CLIP_STRIDE, FPS, GIVEN, SIZE
+from lvjax.io.fmp4 import boxes, fragment_info
 from lvjax.io.video import FragmentedWriter
 from lvjax.lab.object_metrics import Outlines, shape_outlines
-from lvjax.lab.rows import WINDOWS, measure_row
+from lvjax.lab.rows import WINDOWS, Part, measure_row, six_parts
 from lvjax.lab.timelines import Timeline, draw_timelines
 from lvjax.models.vae import decode, encode
 from lvjax.rollout.condition import pixel_frames
@@ -37,7 +38,7 @@ from lvjax.run.request import Request, frame_count, resolved
 from lvjax.run.session import open_session, to_uint8
 
 FORMAT = "lvjax-lab/1"
-SETTINGS, REFERENCE = "settings.json", "reference"
+SETTINGS, WORLD, REFERENCE = "settings.json", "world.safetensors", "reference"
 SEED = 100  # the first sampling seed; thresholds and obedience used 0 and 1
 UPSCALE = 2  # of the videos in the folder: H.264 halves the resolution of colour
 BATCH = 12  # clips at a time through the autoencoder
@@ -158,10 +159,15 @@ def claim(bundle: Bundle, settings: Settings, folder: Path) -> dict[str, Any]:
     """Keep the settings in the folder, or check that it was begun with them; returns `about`.
 
     More seeds may be asked for than before: the runs that there are stay as they are.
-    Raises: InputError naming what differs; CheckpointError for a damaged file.
+    Raises: InputError naming what differs; CheckpointError for a damaged file, or runs without one.
     """
     now, path = about(bundle, settings), folder / SETTINGS
-    if path.exists():
+    if not path.exists():
+        if any((folder / name).exists() for name in (WORLD, REFERENCE, *CELLS)):
+            raise CheckpointError(
+                f"{folder} holds runs, but no {SETTINGS} that says of what; give another --folder"
+            )
+    else:
         before = _read(path)
         if before.get("seeds", 0) > now["seeds"]:
             raise InputError(_other(folder, "seeds", before["seeds"], now["seeds"]))
@@ -191,7 +197,8 @@ def _read(path: Path) -> dict[str, Any]:
         return unsealed(path)
     except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(
-            f"{path} cannot be read ({type(e).__name__}); remove it to make it again"
+            f"{path} cannot be read ({type(e).__name__}); "
+            + ("give another --folder" if path.name == SETTINGS else "remove it to make it again")
         ) from e
 
 
@@ -217,9 +224,21 @@ def settings_in(folder: Path) -> Settings:
 
 
 def is_done(folder: Path, run: Run, settings: Settings) -> bool:
-    """Whether a run is there as a whole."""
-    files = [run.video(folder, i) for i in range(settings.timelines)]
-    return all(p.is_file() for p in (run.figures(folder), *files))
+    """Whether a run is there as a whole: its figures, and videos that are not cut off."""
+    videos = [run.video(folder, i) for i in range(settings.timelines)]
+    return run.figures(folder).is_file() and all(_frames(p) == settings.frames for p in videos)
+
+
+def _frames(path: Path) -> int:
+    """How many frames a video has that `_keep` wrote; 0 without it, or when it is cut off."""
+    if not path.is_file():
+        return 0
+    with open(path, "rb") as f:
+        parts = list(boxes(f, 0, path.stat().st_size))
+        if [kind for kind, _, _ in parts[-2:]] != ["moof", "mdat"]:
+            return 0
+        f.seek(parts[-2][1])
+        return fragment_info(f.read(parts[-2][2] - parts[-2][1]))[2]
 
 
 def rows_of(folder: Path, run: Run, settings: Settings) -> list[dict]:
@@ -253,11 +272,13 @@ def run_cells(
     timelines = draw_timelines(settings.timelines, settings.frames)
     through = autoencoder(bundle)
     report("the world's own videos through the autoencoder")
-    truth = world_videos(folder, timelines, through)
-    outlines = shape_outlines(through)
+    world = world_videos(folder, timelines, through)
+    truth, outlines = [six_parts(video) for video in world], shape_outlines(through)
     if not is_done(folder, reference, settings):
-        _keep(folder, reference, timelines, truth, truth, outlines)
+        _keep(folder, reference, timelines, world, _rows(truth, truth, timelines, outlines))
     for number, run in enumerate(missing):
+        if stop():
+            return False
         began, parts = time.monotonic(), []
         for frames in sample(bundle, CELLS[run.cell], run.seed, timelines, settings.steps):
             parts.append(frames)
@@ -269,7 +290,9 @@ def run_cells(
             )
             if stop():
                 return False
-        _keep(folder, run, timelines, np.concatenate(parts, axis=1), truth, outlines)
+        videos = np.concatenate(parts, axis=1)
+        rows = _rows([six_parts(video) for video in videos], truth, timelines, outlines)
+        _keep(folder, run, timelines, videos, rows)
     return True
 
 
@@ -324,7 +347,7 @@ def world_videos(
     """What the world shows, clip by clip through the autoencoder as a model's clips come out of
     it: uint8 [B, P, SIZE, SIZE, 3].  Kept in the folder.
     """
-    path, frames = folder / "world.safetensors", timelines[0].frames
+    path, frames = folder / WORLD, timelines[0].frames
     if path.exists():
         return load_arrays(path)[0]["frames"]
     made = []
@@ -339,19 +362,17 @@ def world_videos(
     return np.stack(made)
 
 
+def _rows(
+    videos: list[list[Part]], truth: list[list[Part]], timelines: list[Timeline], outlines: Outlines
+) -> list[dict]:
+    both = zip(videos, truth, timelines, strict=True)
+    return [measure_row(parts, own, t.gone, outlines) for parts, own, t in both]
+
+
 def _keep(
-    folder: Path,
-    run: Run,
-    timelines: list[Timeline],
-    videos: np.ndarray,
-    truth: np.ndarray,
-    outlines: Outlines,
+    folder: Path, run: Run, timelines: list[Timeline], videos: np.ndarray, rows: list[dict]
 ) -> None:
     """Write the videos of a run, and then the figures."""
-    rows = [
-        measure_row(video, own, t.gone, outlines)
-        for video, own, t in zip(videos, truth, timelines, strict=True)
-    ]
     run.figures(folder).parent.mkdir(parents=True, exist_ok=True)
     for i, (video, t) in enumerate(zip(videos, timelines, strict=True)):
         card = {"format": FORMAT, "cell": run.cell, "seed": run.seed, "timeline": t.moments}

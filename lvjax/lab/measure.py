@@ -4,7 +4,7 @@
 import numpy as np
 
 from lvjax.lab import metrics as m
-from lvjax.lab.object_metrics import Outlines, subject_consistency
+from lvjax.lab.object_metrics import Outlines, look, subject_consistency
 
 
 def measure(
@@ -18,7 +18,7 @@ def measure(
     background_reference is the background's consistency with it; the others are of the frames
     alone, or say themselves how they compare.  None where there is no object to look at.
     """
-    subject, light = subject_consistency(frames, outlines), m.exposure(frames, reference)
+    subject, light = subject_consistency(look(frames), outlines), m.exposure(frames, reference)
     of_both = (m.saturation, m.sharpness, m.average_frequency)
     ratios = {f.__name__: _ratio(f(frames), f(reference)) for f in of_both}
     return {

@@ -5,7 +5,7 @@ The object is found by its saturated colour (`data.judge`), its shape by compari
 those that the world draws; no judge sees the prompt.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -94,11 +94,12 @@ class Return(NamedTuple):
         return None if None in values else values[0] == values[1]
 
 
-def look(frames: np.ndarray) -> list[Look | None]:
+def look(frames: np.ndarray, found: np.ndarray | None = None) -> list[Look | None]:
     """The object of each frame: that of the palette colour with the largest area, None below
-    `LEAST` pixels.
+    `LEAST` pixels.  found: `metrics.masks` of the frames, where they are known.
     """
-    found, tones = masks(check_frames(frames)), chroma(frames)
+    found = masks(check_frames(frames)) if found is None else found
+    tones = chroma(frames)
     area = found.sum((1, 2))
     out: list[Look | None] = []
     for f, c in enumerate(area.argmax(-1)):
@@ -212,14 +213,15 @@ def judged(
     return max(COLOURS, key=colours.count), shape_of(looks, outlines)
 
 
-def subject_consistency(frames: np.ndarray, outlines: Outlines | None = None) -> SubjectConsistency:
-    """Whether the object stays itself; see `SubjectConsistency`.
+def subject_consistency(
+    looks: list[Look | None], outlines: Outlines | None = None
+) -> SubjectConsistency:
+    """Whether the object stays itself, from `look` at every frame; see `SubjectConsistency`.
 
     Where it is, how large a part of it shows, and the background have no part in it.
     VBench's "subject consistency" has the same form, to the first and the previous frame, with DINO
     features of whole frames; ours looks at the object alone, and skips frames without it.
     """
-    looks = look(frames)
     seen = [x for x in looks if x is not None]
     tones = [x.tone / max(np.linalg.norm(x.tone), 1e-6) for x in seen]
     shapes = [likeness(x.outline, outlines) for x in seen if x.outline is not None]
@@ -262,15 +264,17 @@ def _in_sight(pose) -> bool:
 
 
 def returns(
-    frames: np.ndarray, gone: list[Absence], span: int = 24, outlines: Outlines | None = None
+    looks: list[Look | None],
+    gone: Iterable[Absence],
+    span: int = 24,
+    outlines: Outlines | None = None,
 ) -> list[Return]:
     """For each absence that a video is to follow: what is seen before it, and after it.
 
-    frames: of a video made from the prompts of the world's (`absences`).  At most `span` frames
-    before and after are judged.  In the world's own video everything is kept.
+    looks: `look` at every frame of a video made from the prompts of the world's (`absences`).  At
+    most `span` frames before and after are judged.  In the world's own video everything is kept.
     VBench has no such axis; it is nearest to "subject consistency" between two appearances.
     """
-    looks = look(frames)
     return [
         Return(
             a,
@@ -278,5 +282,5 @@ def returns(
             judged(looks[a.back : min(a.left, a.back + span)], outlines),
         )
         for a in gone
-        if a.left <= len(frames)
+        if a.left <= len(looks)
     ]

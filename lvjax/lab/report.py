@@ -30,7 +30,6 @@ from lvjax.lab.timelines import Timeline, draw_timelines
 SHEET = ("full", "baseline")  # below the world
 ACROSS, DOWN = 12, 3  # frames of one video on a contact sheet
 LINES = ("sharpness", "saturation", "colour_cast", "background_truth")
-FILES = ("report.md", "report.json", "windows.png")
 
 
 def write_report(folder: Path, settings: Settings, about: dict[str, Any]) -> list[Path]:

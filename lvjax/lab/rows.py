@@ -68,48 +68,82 @@ METRICS = {
 """Every figure of a row; none needs a network."""
 
 
+class Part(NamedTuple):
+    """A sixth of a video, or all of it, measured alone: what is compared with the world's.
+
+    looks: `look` at every frame.  places: `describe_background`.  tone: of the background.
+    """
+
+    looks: list[Look | None]
+    places: np.ndarray
+    tone: np.ndarray
+    light: m.Exposure
+    saturation: float
+    sharpness: float
+    frequency: float
+    motion_smoothness: float
+    dynamic_degree: float
+
+
+def six_parts(frames: np.ndarray) -> list[Part]:
+    """Everything about a video that follows from its frames, uint8 [P, H, W, 3], alone."""
+    return [_part(x) for x in m.six_windows(frames)]
+
+
+def _part(frames: np.ndarray) -> Part:
+    found = m.masks(frames)
+    mask = m.background(found)
+    return Part(
+        look(frames, found),
+        m.describe_background(frames, mask),
+        m.tone(frames, mask),
+        m.exposure(frames, frames),
+        m.saturation(frames, mask),
+        m.sharpness(frames),
+        m.average_frequency(frames),
+        m.motion_smoothness(frames),
+        m.dynamic_degree(frames),
+    )
+
+
 def measure_row(
-    frames: np.ndarray, truth: np.ndarray, gone: tuple[Absence, ...], outlines: Outlines
+    parts: list[Part], truth: list[Part], gone: tuple[Absence, ...], outlines: Outlines
 ) -> dict:
-    """{"whole": Row, "windows": [Row] * 6} of a video, uint8 [P, H, W, 3], beside the world's.
+    """{"whole": Row, "windows": [Row] * 6} of a video beside the world's, both by `six_parts`.
 
     What is of the picture alone is measured by sixths; the whole has the mean of them.  None where
     there is nothing to be measured.
     """
-    parts = [picture(a, b) for a, b in zip(*map(m.six_windows, (frames, truth)), strict=True)]
-    subject = subject_consistency(frames, outlines)
-    whole = {name: mean([part[name] for part in parts]) for name in parts[0]}
+    rows = [picture(*both) for both in zip(parts, truth, strict=True)]
+    looks = [x for part in parts for x in part.looks]
+    subject = subject_consistency(looks, outlines)
+    whole = {name: mean([row[name] for row in rows]) for name in rows[0]}
     whole |= {
         "subject_colour": subject.colour,
         "subject_shape": subject.shape,
-        "background_consistency": m.background_consistency(frames),
+        "background_consistency": m.consistency(np.concatenate([part.places for part in parts])),
     }
-    return {"whole": whole | reappearance(frames, gone, outlines), "windows": parts}
+    return {"whole": whole | reappearance(looks, gone, outlines), "windows": rows}
 
 
-def picture(frames: np.ndarray, truth: np.ndarray) -> Row:
+def picture(part: Part, truth: Part) -> Row:
     """What a part of a video looks like beside the same frames of the world."""
-    light = m.exposure(frames, truth)
-    ratios = {
-        "sharpness": _ratio(m.sharpness(frames), m.sharpness(truth)),
-        "frequency": _ratio(m.average_frequency(frames), m.average_frequency(truth)),
-        "saturation": _ratio(m.saturation(frames), m.saturation(truth)),
-    }
+    compared = ("sharpness", "frequency", "saturation")
+    ratios = {name: _ratio(getattr(part, name), getattr(truth, name)) for name in compared}
     off = {f"{k}_off": v and abs(float(np.log2(v))) for k, v in ratios.items()}
     return ratios | off | {
-        "background_truth": m.background_consistency(frames, truth),
-        "motion_smoothness": m.motion_smoothness(frames),
-        "dynamic_degree": m.dynamic_degree(frames),
-        "colour_cast": m.colour_cast(frames, truth),
-        "exposure_off": abs(light.shift),
-        "clipped": light.clipped,
+        "background_truth": m.consistency(part.places, truth.places),
+        "motion_smoothness": part.motion_smoothness,
+        "dynamic_degree": part.dynamic_degree,
+        "colour_cast": float(np.linalg.norm(part.tone - truth.tone)),
+        "exposure_off": abs(part.light.luminance - truth.light.luminance),
+        "clipped": part.light.clipped,
     }  # fmt: skip
 
 
-def reappearance(frames: np.ndarray, gone: tuple[Absence, ...], outlines: Outlines) -> Row:
+def reappearance(looks: list[Look | None], gone: tuple[Absence, ...], outlines: Outlines) -> Row:
     """What becomes of an object that leaves and comes back; all None where it never does."""
-    looks = look(frames)
-    found = returns(frames, list(gone), SPAN, outlines)
+    found = returns(looks, gone, SPAN, outlines)
     left = [r for r in found if r.before is not None]
     tones = [_tone_drift(looks, r.absence) for r in found]
     away = [looks[r.absence.out + SLACK : r.absence.back - SLACK] for r in found]

@@ -7,6 +7,7 @@ whole trajectory [0, 1].  A run is kept as its states, from which every window f
 Source: arXiv:2606.22370, section on the thresholds and equation 6.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,7 +46,7 @@ class Run:
     schedule: Schedule
     states: np.ndarray
     condition: np.ndarray
-    target: float
+    target: float = math.nan
     keep_dc: bool = True
 
 
@@ -77,7 +78,9 @@ class Curve:
 
     @property
     def crossings(self) -> list[tuple[float, float]]:
-        """The neighbours on the grid between which the mean difference changes sign."""
+        """The neighbours on the grid between which the mean difference changes sign; twice the same
+        point where it is 0.
+        """
         return list(_crossings(self.lows, self.differences))
 
     def each(self) -> list[float | None]:
@@ -85,9 +88,8 @@ class Curve:
         found = []
         for d in (self.af - self.target).T:
             between = next(_crossings(self.lows, d), None)
-            at = np.searchsorted(self.lows, between[0]) if between else 0
-            ends = d[at : at + 2]
-            found.append(float(np.interp(0, *_rising(ends, between))) if between else None)
+            at = [] if between is None else np.searchsorted(self.lows, between)
+            found.append(float(np.interp(0, *_rising(d[at], between))) if between else None)
         return found
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,9 +119,12 @@ def _rising(ends: np.ndarray, between: tuple[float, float]):
 
 
 def _crossings(lows: np.ndarray, differences: np.ndarray) -> Iterator[tuple[float, float]]:
-    sign = differences >= 0
-    for i in np.flatnonzero(sign[1:] != sign[:-1]):
-        yield float(lows[i]), float(lows[i + 1])
+    sign = np.sign(differences)
+    for i, low in enumerate(lows):
+        if sign[i] == 0:
+            yield float(low), float(low)
+        elif sign[i] * sign[min(i + 1, len(lows) - 1)] < 0:
+            yield float(low), float(lows[i + 1])
 
 
 def runs(
@@ -142,13 +147,13 @@ def runs(
             condition = np.asarray(first.condition)
             _, (states, video) = next(stream(method, first, own.clips(0)))
             states, prompt = np.asarray(states), request.timelines[0][0][1]
+            run = Run(prompt, seed, chosen.schedule, states, condition, keep_dc=keep_dc)
             if not (np.isfinite(states).all() and np.isfinite(np.asarray(video)).all()):
                 raise NonFiniteError(
                     f"the clip of {prompt!r} with seed {seed} is not finite; try another seed, "
                     "fewer steps or less guidance"
                 )
-            af = average_frequency(np.asarray(to_uint8(video))[0], keep_dc=keep_dc)
-            yield Run(prompt, seed, chosen.schedule, states, condition, af, keep_dc)
+            yield replace(run, target=frequency(bundle, run, 0.0, 1.0))
 
 
 def frequency(bundle: Bundle, run: Run, low: float, high: float) -> float:

@@ -3,16 +3,18 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
 
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.lab import error_free as lab
+from lvjax.lab.measure import measure
 from lvjax.lab.metrics import six_windows
-from lvjax.lab.object_metrics import world_outlines
+from lvjax.lab.object_metrics import look, world_outlines
 from lvjax.lab.report import write_report
-from lvjax.lab.rows import METRICS, measure_row, reappearance
+from lvjax.lab.rows import METRICS, measure_row, reappearance, six_parts
 from lvjax.lab.timelines import draw_timelines
 from tests.tiny import tiny_bundle
 
@@ -21,9 +23,9 @@ REAL = ("shift", "guidance", "delta")  # fields of Defaults that are no whole nu
 QUALITY = {"full": 4, "baseline": 40}  # what is added to the world's frames
 
 
-def measured(frames, truth, gone, outlines):
+def measured(parts, truth, gone, outlines):
     """Every figure is the noise, which is quick to measure."""
-    parts = zip(six_windows(frames), six_windows(truth), strict=True)
+    parts = zip(parts, truth, strict=True)
     noise = [float(np.abs(a.astype(float) - b).mean()) for a, b in parts]
     rows = [dict.fromkeys(METRICS, x) for x in noise]
     return {"whole": dict.fromkeys(METRICS, float(np.mean(noise))), "windows": rows}
@@ -46,6 +48,7 @@ def bundle(monkeypatch):
     monkeypatch.setattr(lab, "sample", sample)
     monkeypatch.setattr(lab, "autoencoder", lambda bundle: lambda clips: clips)
     monkeypatch.setattr(lab, "shape_outlines", lambda through: None)
+    monkeypatch.setattr(lab, "six_parts", six_windows)
     monkeypatch.setattr(lab, "measure_row", measured)
     return dataclasses.replace(tiny_bundle(), name="calls", hashes={"dit": "0"}), calls
 
@@ -64,7 +67,9 @@ def test_what_is_missing_is_made_again_and_the_report_has_the_same_bytes(bundle,
     assert make(bundle, tmp_path) == before and len(calls) == 4
     calls[2].figures(tmp_path).unlink()
     calls[1].video(tmp_path, 0).unlink()
-    assert make(bundle, tmp_path) == before and calls[4:] == [calls[1], calls[2]]
+    cut = calls[3].video(tmp_path, 1)
+    os.truncate(cut, cut.stat().st_size - 1)
+    assert make(bundle, tmp_path) == before and calls[4:] == calls[1:4]
     assert set(before) >= {"report.md", "report.json", "sheet-00.jpg", "sheet-01.jpg"}
     text, figures = before["report.md"].decode(), json.loads(before["report.json"])
     assert "quick version" in text and "| here |" in text
@@ -112,6 +117,16 @@ def test_other_settings_are_refused_but_seeds_may_be_added(bundle, tmp_path):
     path.write_text(path.read_text().replace("4.0", "4.5"))
     with pytest.raises(CheckpointError, match="checksum"):
         lab.claim(bundle, more, tmp_path)
+    path.write_text("")
+    with pytest.raises(CheckpointError, match="give another --folder"):
+        lab.claim(bundle, more, tmp_path)
+    path.unlink()
+    lab.claim(bundle, SMALL, tmp_path)
+    path.unlink()
+    (tmp_path / "full").mkdir()
+    with pytest.raises(CheckpointError, match="holds runs, but no settings.json"):
+        lab.claim(bundle, SMALL, tmp_path)
+    assert not path.exists()
 
 
 def test_every_default_that_decides_figures_is_refused_when_it_changes(tmp_path):
@@ -202,13 +217,18 @@ def test_the_worlds_own_video_is_cut_into_clips_and_put_together_again(tmp_path)
 def test_a_row_tells_a_place_that_changes_and_when():
     t = draw_timelines(1, 29)[0]
     world = t.video.frames(0, 29)
-    same = measure_row(world, world, t.gone, world_outlines())
+    truth = six_parts(world)
+    same = measure_row(truth, truth, t.gone, world_outlines())
     assert same["whole"]["sharpness_off"] == same["whole"]["colour_cast"] == 0
     assert same["whole"]["sharpness"] == same["whole"]["saturation"] == 1
     assert same["whole"]["colour_kept"] is None and len(same["windows"]) == 6
     turned = np.concatenate([world[:20], world[20:, :, :, ::-1]])  # red for blue
-    row = measure_row(turned, world, t.gone, world_outlines())
+    row = measure_row(six_parts(turned), truth, t.gone, world_outlines())
     assert row["windows"][5]["colour_cast"] > 0.01 > row["windows"][0]["colour_cast"]
+    alone = measure(turned[24:], world[24:])  # the last sixth is 5 of 29 frames
+    same = ("colour_cast", "saturation", "sharpness", "clipped", "motion_smoothness")
+    assert [alone[name] for name in same] == [row["windows"][5][name] for name in same]
+    assert alone["background_reference"] == row["windows"][5]["background_truth"]
     parts = [part["colour_cast"] for part in row["windows"]]
     assert row["whole"]["colour_cast"] == pytest.approx(np.mean(parts))
 
@@ -216,19 +236,20 @@ def test_a_row_tells_a_place_that_changes_and_when():
 def test_a_row_tells_what_becomes_of_an_object_that_left():
     t = draw_timelines(2, 197)[1]
     world = t.video.frames(0, 197)
-    same = reappearance(world, t.gone, world_outlines())
+    seen = look(world)
+    same = reappearance(seen, t.gone, world_outlines())
     assert same["colour_kept"] == same["shape_kept"] == same["returned"] == 1
     assert same["ghosts"] == 0 and same["tone_drift"] < 0.01
     (gone,) = t.gone
     changed = world.copy()
     changed[gone.back - 12 :] = changed[gone.back - 12 :, :, :, ::-1]  # cyan to yellow
-    row = reappearance(changed, t.gone, world_outlines())
+    row = reappearance(look(changed), t.gone, world_outlines())
     assert row["colour_kept"] == 0 and row["tone_drift"] > 0.1
     lost = world.copy()
     lost[gone.out :] = world[0]
-    row = reappearance(lost, t.gone, world_outlines())
+    row = reappearance(look(lost), t.gone, world_outlines())
     assert row["returned"] == 0 and row["colour_kept"] is None and row["tone_drift"] is None
     stays = world.copy()
     stays[gone.out :] = world[gone.out - 10]
-    assert reappearance(stays, t.gone, world_outlines())["ghosts"] == 1
-    assert set(reappearance(world[:100], t.gone, world_outlines()).values()) == {None}
+    assert reappearance(look(stays), t.gone, world_outlines())["ghosts"] == 1
+    assert set(reappearance(seen[:100], t.gone, world_outlines()).values()) == {None}

@@ -39,6 +39,12 @@ def ratios(metric, corruption: str) -> np.ndarray:
     return values(metric, corruption) / values(metric, "clean")
 
 
+def test_blocks_are_their_means_to_the_last_bit():
+    x = np.random.default_rng(0).random((3, 21, 30), np.float32)
+    blocks = x[:, :16, :24].reshape(3, 2, 8, 3, 8)
+    assert np.array_equal(m._blocks(x), blocks.mean((2, 4)))
+
+
 def test_sharpness_tells_blur_from_noise_and_ignores_light_and_order():
     assert ratios(m.sharpness, "blurred").max() < 0.8  # measured: .56 to .76
     assert ratios(m.sharpness, "noisy").min() > 3  # 4.6
@@ -123,10 +129,10 @@ def test_background_consistency_knows_the_place_and_not_the_object():
 def test_the_background_is_what_is_no_object():
     frames = shown(6, "clean")
     busy = object_masks(frames).any(-1)
-    own = m.background(frames)
+    own = m.background(m.masks(frames))
     assert busy.any() and not (own & busy).any() and 0.5 < own.mean() < 0.99
     flat = np.full((2, 8, 8, 3), (232, 36, 36), np.uint8)
-    assert m.background(flat).all()  # nothing else is there
+    assert m.background(m.masks(flat)).all()  # nothing else is there
     assert m.background_consistency(flat) == pytest.approx(1)
 
 

@@ -56,26 +56,26 @@ def test_colour_and_shape_are_read_right_where_training_never_showed_them():
 
 def test_the_subject_is_consistent_until_it_changes():
     for i in CLIPS:
-        clean = subject_consistency(clip(i))
+        clean = subject_consistency(look(clip(i)))
         assert clean.colour > 0.999 and clean.shape > 0.99  # measured: 1.0000
-        assert subject_consistency(recoloured(clip(i))).colour < 0.75  # .54 to .70
-        assert subject_consistency(reshaped(i)).shape < 0.8  # .69 to .73
-        assert subject_consistency(reshaped(i)).colour > 0.999
-        assert subject_consistency(recoloured(clip(i))).shape > 0.99
+        assert subject_consistency(look(recoloured(clip(i)))).colour < 0.75  # .54 to .70
+        assert subject_consistency(look(reshaped(i))).shape < 0.8  # .69 to .73
+        assert subject_consistency(look(reshaped(i))).colour > 0.999
+        assert subject_consistency(look(recoloured(clip(i)))).shape > 0.99
 
 
 @pytest.mark.parametrize("name", ["blurred", "noisy", "tinted", "brighter", "frozen", "shuffled"])
 def test_the_subject_is_what_it_is_in_another_light(name):
     for i in CLIPS:
-        found = subject_consistency(CORRUPTIONS[name](clip(i)))
+        found = subject_consistency(look(CORRUPTIONS[name](clip(i))))
         assert found.colour > 0.999 and found.shape > 0.99, i
 
 
 def test_the_subject_is_not_the_background():
     for i in CLIPS:
-        found = subject_consistency(other_place(i))
+        found = subject_consistency(look(other_place(i)))
         assert found.colour > 0.999 and found.shape > 0.99, i
-    nothing = subject_consistency(np.full((4, 64, 64, 3), 90, np.uint8))
+    nothing = subject_consistency(look(np.full((4, 64, 64, 3), 90, np.uint8)))
     assert nothing == (None, None, 0.0)
 
 
@@ -166,7 +166,7 @@ def test_only_the_same_object_returns_however_long_it_was_away():
 
 def test_what_returns_is_what_left_in_the_worlds_own_video():
     video, frames = world()
-    found = returns(frames, absences(video, FRAMES))
+    found = returns(look(frames), absences(video, FRAMES))
     assert [r.before for r in found] == [r.after for r in found] == [("red", "square")] * 2
     assert all(r.colour_kept and r.shape_kept for r in found)
 
@@ -175,15 +175,15 @@ def test_drift_is_found_at_the_return_where_it_happens():
     video, frames = world()
     gone = absences(video, FRAMES)
     turned = recoloured(frames, gone[0].back)
-    first, second = returns(turned, gone)
+    first, second = returns(look(turned), gone)
     assert (first.colour_kept, first.shape_kept) == (False, True)
     assert (second.colour_kept, second.shape_kept) == (True, True)
-    assert [r.colour_kept for r in returns(turned, gone, span=6)] == [False, True]
+    assert [r.colour_kept for r in returns(look(turned), gone, span=6)] == [False, True]
     # what comes back is a circle, of the same colour
     circle = Action("still", "", "red", "circle", "stay")
     other = frames.copy()
     other[gone[0].back : gone[0].left] = Video(0, first=circle, enters=False).frames(0, 1)
-    first, second = returns(other, gone)
+    first, second = returns(look(other), gone)
     assert (first.colour_kept, first.shape_kept) == (True, False)
     assert (second.colour_kept, second.shape_kept) == (True, False)  # it left as a circle
 
@@ -193,8 +193,8 @@ def test_an_object_that_does_not_come_back_is_neither_kept_nor_changed():
     gone = absences(video, FRAMES)
     lost = frames.copy()
     lost[gone[0].out :] = frames[(gone[0].out + gone[0].back) // 2]
-    first, second = returns(lost, gone)
+    first, second = returns(look(lost), gone)
     assert first.before == ("red", "square") and first.after is None
     assert first.colour_kept is None and first.shape_kept is None
     assert second.before is None and second.colour_kept is None
-    assert returns(frames[:80], gone) == returns(frames, gone)[:1]  # of what is there
+    assert returns(look(frames[:80]), gone) == returns(look(frames), gone)[:1]  # of what is there

@@ -59,6 +59,14 @@ def test_of_several_crossings_the_lowest_is_taken_and_their_number_said(monkeypa
     assert "the first of 2 crossings" in t.table(found)
 
 
+def test_a_difference_of_zero_on_the_grid_is_a_root(monkeypatch):
+    found = curve(monkeypatch, lambda low, y: y + low, (0.1, 0.2), high=1.0)
+    assert found.low == 0 and found.crossings == [(0, 0)] and found.each() == [0, 0]
+    assert "low 0.000 gives the AF of [0, 1]\n" in t.table(found)
+    found = curve(monkeypatch, lambda low, y: y + (low - 0.25) ** 2, (0.1,), high=1.0, grid=4)
+    assert found.low == 0.25 and found.each() == [0.25] and not found.tried
+
+
 def test_the_clip_is_the_one_that_a_session_makes():
     bundle = tiny_bundle()
     requests = [Request((((0.0, p),),), 17) for p in PROMPTS]
@@ -69,7 +77,8 @@ def test_the_clip_is_the_one_that_a_session_makes():
     want = t.average_frequency(own.frames[0])
     assert t.frequency(bundle, found[2], low, high) == pytest.approx(want, rel=2e-4)
     assert abs(want / found[2].target - 1) > 1e-3  # measured: 2e-3
-    assert t.frequency(bundle, found[2], 0.0, 1.0) == pytest.approx(found[2].target, rel=2e-4)
+    whole = t.tune(bundle, found[2:3], high=1.0, grid=2)
+    assert whole.low == 0 and whole.af[0] == found[2].target
     assert len({r.target for r in found}) == 4
     (other,) = t.runs(bundle, requests[1:], [0], keep_dc=False)
     np.testing.assert_array_equal(other.states, found[2].states)
