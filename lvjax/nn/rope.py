@@ -69,7 +69,16 @@ def grid_table(frames, h: int, w: int, head_dim: int, theta: float = 10000.0):
 
     Frames may have any values in any order; a leading axis B gives every row of a batch its own.
     """
-    cos, sin = _grid(jnp.asarray(frames, jnp.int32), h, w, turns(head_dim, theta))
+    return turn_table(frames, h, w, turns(head_dim, theta))
+
+
+def turn_table(frames, h: int, w: int, axis_turns):
+    """`grid_table` for frequencies of one's own: three uint32 arrays as `turns` gives; [N, pairs]
+    for a head axis, see `head_tables`.
+    """
+    if np.ndim(axis_turns[0]) == 2:
+        return head_tables(frames, h, w, axis_turns)
+    cos, sin = _grid(jnp.asarray(frames, jnp.int32), h, w, axis_turns)
     return cos[..., None, :], sin[..., None, :]
 
 
