@@ -11,7 +11,8 @@ from pathlib import Path
 
 from lvjax.core.errors import InputError
 
-MOMENT = re.compile(r"(?:(\d{1,6}):)?(\d{1,9}(?:\.\d{1,9})?)s?(?::(?!\d)|[,\s])\s*(.+)")
+MOMENT = re.compile(r"(?:(\d{1,6}):)?(\d{1,9}(?:\.\d{1,9})?)s?(?:[:,](?!\d)|\s)\s*(.+)")
+SURELY = re.compile(r"\d+(?:[.:]\d|s\b)")  # what begins like this counts no things
 
 
 def read_lines(path) -> list[str]:
@@ -78,13 +79,16 @@ def check_timeline(timeline) -> None:
 def captions(lines: Sequence[str], source) -> tuple[tuple[float, str], ...]:
     """The timeline that the lines of a video's caption are: ((seconds, prompt), ...).
 
-    Lines of a timeline, the first at 0, are prompts that change.  Anything else is one caption for
-    the whole video, however many lines it has: "3 dogs run" is no prompt that begins at 3 s.
+    They are a timeline, of prompts that change, if the first line begins with the time 0; or if
+    there are several, each begins with a time, and one of these with a point, a colon or an s
+    (3.5, 1:30, 3s), so that 0 was forgotten.  Anything else is one caption for the whole video,
+    numbers and all, however many lines it has: "3 dogs run", "2 cats sit".
     Raises: InputError for a timeline that begins later, does not go forward, or has other lines.
     """
     found = [_moment(line) for line in lines]
-    timed = found[0] is not None and (found[0][0] == 0 or (len(lines) > 1 and all(found)))
-    if not timed:
+    begins = found[0] is not None and found[0][0] == 0
+    late = len(lines) > 1 and all(found) and any(map(SURELY.match, lines))
+    if not begins and not late:
         return ((0.0, " ".join(lines)),)
     timeline = tuple(moment(line, source) for line in lines)
     try:

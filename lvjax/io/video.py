@@ -22,7 +22,7 @@ from av.codec.context import Flags
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-from lvjax.core.errors import CheckpointError, InputError, StorageError
+from lvjax.core.errors import CheckpointError, InputError, storing
 from lvjax.io import fmp4
 from lvjax.io.image import is_file
 
@@ -40,19 +40,8 @@ BT709, LIMITED = 1, 1  # code points of ISO/IEC 23091-2; also what FFmpeg's fram
 EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 TO_YUV = EXACT | Interpolation.FULL_CHR_H_INP
 TO_RGB = EXACT | Interpolation.FULL_CHR_H_INT
+REMEDY = "free space or choose another --out"
 GAP = 60  # seconds: a longer step between two time stamps is a break in them, not a still picture
-
-
-@contextmanager
-def _storing(path):
-    """Turn an operating-system error while writing `path` into a StorageError."""
-    try:
-        yield
-    except OSError as e:
-        reason = e.strerror or str(e)
-        raise StorageError(
-            f"cannot write {path}: {reason}; free space or choose another --out"
-        ) from e
 
 
 def _as_rate(fps) -> Fraction:
@@ -138,7 +127,7 @@ class FragmentedWriter:
         header = bytes(_open_encoder(self.size, self.fps).extradata)
         init = fmp4.init_segment(self.size, self.fps, header, text)
         self.clips = self.frames = 0
-        with _storing(self.path):
+        with storing(self.path, REMEDY):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "wb" if resume_at is None else "r+b", buffering=0)
             try:
@@ -200,7 +189,7 @@ class FragmentedWriter:
         if frames.shape[1:] != (height, width, 3):
             raise ValueError(f"the file holds [P,{height},{width},3] frames, got {frames.shape}")
         data = fmp4.fragment(_encode(frames, self.fps), self.clips + 1, self.frames, self.fps)
-        with _storing(self.path):
+        with storing(self.path, REMEDY):
             try:
                 self._put(self.offset, fmp4.free_header(len(data)) + data[8:])
                 os.fsync(self._file.fileno())
