@@ -100,6 +100,8 @@ def _caption(path: Path, row: tuple[Path, dict] | None) -> tuple[tuple[float, st
     if told is None:
         raise InputError(f"{path} has no {CAPTION[0]!r} in {table.name}, and no {beside.name}")
     source = f"the caption of {path}"
+    if any(0xD800 <= ord(c) < 0xE000 for c in told):  # halves of letters, which JSON can hold
+        raise InputError(f"{source} is not text that can be written; correct {table.name}")
     return captions(text_lines(told, source), source)
 
 

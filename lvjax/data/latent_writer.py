@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from lvjax.core.checkpoint import save_arrays, sealed, write_atomic
@@ -159,8 +160,12 @@ def finished(folder, videos: Iterable[Source]) -> set[str]:
 
     Raises: CheckpointError when what is there is damaged.
     """
-    lines = _whole_lines(Path(folder, VIDEOS))
-    return {v.name for v in videos if v.name in lines and _is_of(lines[v.name], v)}
+    lines, found = _whole_lines(Path(folder, VIDEOS)), set()
+    for video in videos:
+        with suppress(InputError):  # it is gone: has it been done or not, nothing can be
+            if video.name in lines and _is_of(lines[video.name], video):
+                found.add(video.name)
+    return found
 
 
 def skipped_words(skipped: list[Skipped]) -> str:

@@ -298,16 +298,21 @@ def _rgb(frame: av.VideoFrame, size: tuple[int, int], convert: VideoReformatter)
     return np.rot90(turned.to_ndarray(), round(frame.rotation / 90) % 4)
 
 
+def _pictures(container, path):
+    """The stream of a container that is its video; a cover picture is none."""
+    videos = container.streams.video
+    videos = [s for s in videos if not s.disposition & Disposition.attached_pic]
+    if not videos:
+        raise InputError(f"{path} has no video stream; give a file with pictures in it")
+    return videos[0]
+
+
 def _screen(container, path, fps, most: int | None) -> tuple[Iterator, Fraction, tuple[int, int]]:
     """What is on the screen at a constant rate, as decoded; the rate; and (width, height) that its
     pixels make where they are square.
     """
     rate = None if fps is None else _as_rate(fps)
-    videos = container.streams.video
-    videos = [s for s in videos if not s.disposition & Disposition.attached_pic]
-    if not videos:
-        raise InputError(f"{path} has no video stream; give a file with pictures in it")
-    stream = videos[0]
+    stream = _pictures(container, path)
     stream.thread_type = "AUTO"
     own = min(stream.average_rate or stream.guessed_rate or Fraction(25), Fraction(240))
     rate = _as_rate(own) if rate is None else rate
@@ -316,6 +321,22 @@ def _screen(container, path, fps, most: int | None) -> tuple[Iterator, Fraction,
         raise InputError(f"{path} has no frames that can be decoded; give another video")
     aspect = stream.sample_aspect_ratio or Fraction(1)
     return chain([first], frames), rate, (max(1, round(first.width * aspect)), first.height)
+
+
+def seconds_of(path) -> float | None:
+    """How long a video is, as its container says; None where it does not, or says more than the
+    file can hold (a byte for each frame), as broken time stamps do.
+
+    Raises: InputError when the file cannot be read.
+    """
+    with _opened(path) as container:
+        stream = _pictures(container, path)
+        if stream.duration:
+            seconds = float(stream.duration * stream.time_base)
+        else:
+            seconds = (container.duration or 0) / av.time_base
+        frames = seconds * float(stream.average_rate or 1)
+        return seconds if 0 < frames <= Path(path).stat().st_size else None
 
 
 def read_video(
