@@ -26,13 +26,17 @@ def read_lines(path) -> list[str]:
         raise InputError(
             f"cannot read {path} ({e.strerror if isinstance(e, OSError) else 'not UTF-8 text'})"
         ) from e
-    return text_lines(text, path)
+    return text_lines(text, path, comments=True)
 
 
-def text_lines(text: str, source) -> list[str]:
-    """The lines of a text of prompts, as `read_lines`; source: what the error calls it."""
+def text_lines(text: str, source, comments: bool = False) -> list[str]:
+    """The lines of a text of prompts that are not empty; comments: whether there may be such, which
+    are left out.  source: what the error calls it.
+
+    Raises: InputError when there is none.
+    """
     lines = [line.strip() for line in text.splitlines()]
-    if not (lines := [line for line in lines if line and not line.startswith("#")]):
+    if not (lines := [x for x in lines if x and not (comments and x.startswith("#"))]):
         raise InputError(f"{source} holds no prompt; write one per line")
     return lines
 

@@ -219,6 +219,8 @@ def _opened(path) -> Iterator:
     path = Path(path)
     if not is_file(path):
         raise InputError(f"no such video file: {path}; give the path of a file")
+    if not path.stat().st_size:
+        raise InputError(f"{path} is empty; give a video that is whole and readable")
     try:
         with open(path, "rb") as f:
             with av.open(f, options={"protocol_whitelist": "file"}) as container:

@@ -95,9 +95,8 @@ def describe(plan: DatasetPlan) -> str:
     told = f"plan: {plan.videos} videos to encode"
     told += f" ({plan.done} are done)" if plan.done else ""
     told += f", about {plan.clips} clips, {_size(plan.disk)} on disk"
-    if plan.unknown:
-        told += f"; {plan.unknown} videos do not say how long they are"
-    return told + (f"; {plan.unreadable} cannot be read" if plan.unreadable else "")
+    told += f"; of unknown length: {plan.unknown}" if plan.unknown else ""
+    return told + (f"; unreadable: {plan.unreadable}" if plan.unreadable else "")
 
 
 def check_disk(plan: DatasetPlan, folder) -> None:

@@ -5,6 +5,7 @@ kill, a signal or a full disk leaves.
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -137,17 +138,28 @@ def test_what_cannot_be_used_is_left_out_counted_and_listed(model, own, tmp_path
     write_video(own / "d.mp4", 4)
     write_video(own / "e.mp4", 9)
     (own / "f.mov").write_bytes(b"no video" * 99)
+    strange = os.fsdecode(b"g\xff\n.mp4")  # no UTF-8
+    shutil.copy(own / "b.mp4", own / strange)
+    (own / strange).with_suffix(".txt").write_bytes(b"\xef\xbb\xbf# cats\r\n\r\n" + UP.encode())
+    (own / "h.mp4").symlink_to("h.mp4")
+    (own / "around").symlink_to(".")
+    for name, caption in (("i", "caf\xe9".encode("latin-1")), ("j", UP.encode())):
+        (own / f"{name}.mp4").write_bytes(b"")
+        (own / f"{name}.txt").write_bytes(caption)
     for name in "cdf":
         (own / f"{name}.txt").write_text(LEFT)
     capsys.readouterr()
     assert run(model, own, tmp_path / "set") == 0
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("2 videos, 9 clips of 5 frames, 16x16 at 8 frames/s: ")
-    assert "; 4 left out (c.mp4: " in last and "; and 1 more), see " in last
+    assert last.startswith("3 videos, 12 clips of 5 frames, 16x16 at 8 frames/s: ")
+    assert "; 7 left out (c.mp4: " in last and "; and 4 more), see " in last
     assert "d.mp4: is shorter than a clip of 5 frames, which are 0.625 s; e.mp4: " in last
     lines = map(json.loads, (tmp_path / "set/skipped.jsonl").read_text().splitlines())
     found = {line["video"]: line["reason"] for line in lines}
-    assert list(found) == ["c.mp4", "d.mp4", "e.mp4", "f.mov"] and "no caption" in found["e.mp4"]
+    wanted = ["c.mp4", "d.mp4", "e.mp4", "f.mov", "h.mp4", "i.mp4", "j.mp4"]
+    assert "cannot read i.txt (not UTF-8" in found["i.mp4"] and "is empty" in found["j.mp4"]
+    assert sample(open_latents(tmp_path / "set"), strange).prompts == [UP] * 3
+    assert list(found) == wanted and "no caption" in found["e.mp4"]
     assert str(own) not in "".join(found.values())
     (tmp_path / "bad").mkdir()
     for name in ("d.mp4", "d.txt", "f.mov", "f.txt"):
@@ -207,7 +219,7 @@ def test_the_plan_is_what_is_written(model, own, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr()
     size = sum(len(text) for text in files(out).values())
     plan = re.fullmatch(
-        "plan: 6 videos to encode, about 13 clips, (.*) MB on disk; 1 cannot be read\n", said.out
+        "plan: 6 videos to encode, about 13 clips, (.*) MB on disk; unreadable: 1\n", said.out
     )
     assert len(said.err.splitlines()) == 6 and "5 videos, 13 clips of 5" in said.err
     assert re.fullmatch(r"2/6: b\.mp4, about \d+ s left", said.err.splitlines()[1])
@@ -224,7 +236,7 @@ def test_the_plan_is_what_is_written(model, own, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dataset_plan, "seconds_of", lambda path: None)
     assert run(model, own, tmp_path / "new") == 0
     said = capsys.readouterr()
-    assert "about 0 clips, " in said.out and "; 6 videos do not say how long they are" in said.out
+    assert "about 0 clips, " in said.out and "; of unknown length: 6" in said.out
     assert "2/6: b.mp4\n" in said.err
 
 

@@ -2,6 +2,7 @@
 """Videos with captions in a folder: what is found, what is left out, and the TFDS builder."""
 
 import json
+import os
 import sys
 import warnings
 
@@ -86,14 +87,14 @@ def test_a_row_without_a_caption_costs_its_video(tmp_path):
     for name in "abcd":
         (tmp_path / f"{name}.mp4").write_bytes(b"")
     (tmp_path / "c.txt").write_text("clouds")
-    breaks = "two\u2028lines\u2029and\x85more"
+    breaks = "# two\u2028lines\u2029and\x85more"
     rows = [{"text": None}, {"text": breaks}, {"text": 7}, {"words": "waves"}]
     rows = [{"file_name": f"{n}.mp4", **row} for n, row in zip("abcd", rows, strict=True)]
     text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "metadata.jsonl").write_text(text, encoding="utf-8-sig", newline="")
     found, skipped = find_videos(tmp_path)
     assert {s.name: s.timeline for s in found} == {
-        "b.mp4": ((0.0, "two lines and more"),),
+        "b.mp4": ((0.0, "# two lines and more"),),
         "c.mp4": ((0.0, "clouds"),),
     }
     assert skipped == [
@@ -139,6 +140,9 @@ def test_builder(tmp_path):
     (folder / "c.mp4").write_bytes(b"no video" * 50)
     (folder / "c.txt").write_text("nothing")
     (folder / "d.mp4").write_bytes(b"")
+    strange = os.fsdecode(b"e\xff\n.mp4")  # no UTF-8
+    write(folder / strange, 5)
+    (folder / strange).with_suffix(".txt").write_text("a fox")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from lvjax.data.video_folder import VideoFolder
@@ -151,7 +155,8 @@ def test_builder(tmp_path):
         again = VideoFolder(data_dir=tmp_path / "data", **given)
         other = VideoFolder(data_dir=tmp_path / "data", **given | {"fps": 4})
     assert "tensorflow" not in sys.modules
-    assert sorted(found) == [("a.mp4", 0), ("a.mp4", 8), ("a.mp4", 16), ("b.mp4", 0)]
+    named = [("a.mp4", 0), ("a.mp4", 8), ("a.mp4", 16), ("b.mp4", 0), ("e\\udcff\n.mp4", 0)]
+    assert sorted(found) == named
     whole = np.stack(list(frames_of(folder / "a.mp4", 8, (16, 24))))
     parts = [found["a.mp4", n]["video"] for n in (0, 8, 16)]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
