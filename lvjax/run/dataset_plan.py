@@ -92,7 +92,7 @@ def _text_bytes(bundle: Bundle, texts: Iterable[str]) -> int:
 
 def describe(plan: DatasetPlan) -> str:
     """The plan in one line for the user."""
-    told = f"plan: {plan.videos} videos to encode"
+    told = f"plan: {plan.videos} video{'s' * (plan.videos != 1)} to encode"
     told += f" ({plan.done} are done)" if plan.done else ""
     told += f", about {plan.clips} clips, {_size(plan.disk)} on disk"
     told += f"; of unknown length: {plan.unknown}" if plan.unknown else ""
