@@ -6,10 +6,10 @@ The same command goes on where it stopped, and takes up videos that are new.
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
-from tqdm import tqdm
-
+from lvjax.cli.bar import Bar
 from lvjax.cli.drive import note
 from lvjax.cli.names import check_names
 from lvjax.cli.request import picture_size
@@ -17,9 +17,11 @@ from lvjax.core.errors import InputError, one_line
 from lvjax.data.captioned import Source, find_videos
 from lvjax.data.latent_writer import skipped_words
 from lvjax.data.latents import SKIPPED
+from lvjax.methods.error_free import ErrorFree
 from lvjax.run import lock
 from lvjax.run.bundle import outline
 from lvjax.run.dataset import CLIPS, TAILS, encode_folder, plan_layout
+from lvjax.run.dataset_plan import DatasetPlan, check_disk, describe, plan_dataset
 from lvjax.run.encoders import notices
 
 OF_PROMPTS = ("prompt", "prompt_file", "negative_prompt", "overwrite")
@@ -32,7 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", metavar="WxH", help="default: the model's own; videos are scaled and cropped")
     add("--clips", type=int, metavar="K", help=f"of a sample, at most (default: {CLIPS})")
     add("--clip-frames", type=int, metavar="N", help="1 + 4m; default: the model's own")
-    add("--overlap", type=int, metavar="N", help="latent frames that clips share")
+    add(
+        "--overlap",
+        type=int,
+        metavar="N",
+        help="latent frames that clips share; default: the model's own, or "
+        f"{ErrorFree.overlap} where it cannot go on from clips yet",
+    )
     add("--tails", type=int, metavar="N", help="latent frames that may be given at the end "
         f"(default: {TAILS})")  # fmt: skip
 
@@ -62,11 +70,18 @@ def run(args) -> int:
         clips=CLIPS if args.clips is None else args.clips,
         tails=args.tails,
     )
+    plan = plan_dataset(bundle, videos, layout, output)
+    print(describe(plan), flush=True)
+    check_disk(plan, output)
     for notice in notices(bundle, (text for video in videos for _, text in video.timeline)):
         note(notice)
     try:
-        with lock.hold(output, inside=True), _Bar(len(videos)) as bar:
-            counts, skipped = encode_folder(bundle, videos, skipped, output, layout, bar)
+        with (
+            lock.hold(output, inside=True),
+            Bar(None if plan.unknown else plan.clips, "clip") as bar,
+        ):
+            shown = _Shown(plan, bar)
+            counts, skipped = encode_folder(bundle, videos, skipped, output, layout, shown)
     except KeyboardInterrupt as e:
         print(
             "lvjax: stopped, what is done is saved; the same command goes on",
@@ -83,26 +98,28 @@ def run(args) -> int:
     return 0
 
 
-class _Bar:
-    """Called after every clip: a bar on a terminal, elsewhere a line per video."""
+class _Shown:
+    """Called after every clip: moves a bar, or prints a line per video; from the second on with the
+    time that is left, where every video says how long it is.
+    """
 
-    def __init__(self, videos: int):
-        self._source, self._seen, self._videos = None, 0, videos
-        self._bar = tqdm(unit="clip") if sys.stderr.isatty() else None
+    def __init__(self, plan: DatasetPlan, bar: Bar):
+        self._plan, self._bar = plan, bar
+        self._source, self._seen, self._done = None, 0, 0
 
     def __call__(self, source: Source, clips: int) -> None:
+        self._done += 1
+        if self._done == 1:  # programs are compiled before, and only once
+            self._began = time.monotonic()
+        line = None
         if source is not self._source:
             self._source, self._seen = source, self._seen + 1
-            if self._bar is None:
-                print(f"{self._seen}/{self._videos}: {one_line(source.name)}", file=sys.stderr)
-            else:
-                self._bar.set_description(one_line(source.name), refresh=False)
-        if self._bar is not None:
-            self._bar.update()
+            line = f"{self._seen}/{self._plan.videos}: {source.name}{self._left()}"
+        self._bar(self._done, source.name, line)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if self._bar is not None:
-            self._bar.close()
+    def _left(self) -> str:
+        clips = self._plan.clips - self._done
+        if self._seen < 2 or self._plan.unknown or clips < 0:
+            return ""
+        each = (time.monotonic() - self._began) / (self._done - 1)
+        return f", about {clips * each:.0f} s left"

@@ -100,7 +100,10 @@ def run_error_free(args) -> int:
 def run_export(args) -> int:
     check_names(**{"DIR": args.out, "--from": args.source})
     folders = vbench.export(Path(args.source), Path(args.out))
-    print(f"wrote {len(folders)} folders of videos to {one_line(args.out)}")
+    print(
+        f"wrote {len(folders)} folders of videos to {one_line(args.out)}; of videos of one's own "
+        f"VBench measures, each by --dimension: {', '.join(vbench.DIMENSIONS)}"
+    )
     return 0
 
 

@@ -10,6 +10,8 @@ import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+REMEDY = "free space or choose another place"
+
 
 def one_line(text) -> str:
     """Text as one line: line breaks and other control characters are escaped."""
@@ -82,7 +84,22 @@ def of_system(e: OSError) -> LvjaxError:
         return InputError(f"{what}; give a shorter name")
     if e.errno in (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR):
         return CheckpointError(f"{what}; give one that can be read")
-    return StorageError(f"{what}; free space or choose another place")
+    return StorageError(f"{what}; {REMEDY}")
+
+
+def not_stored(doing: str, e: Exception, remedy: str = REMEDY) -> StorageError:
+    """That the file system refused something, and why; doing: for example "write a.mp4"."""
+    reason = getattr(e, "strerror", None) or str(e).partition("\n")[0][:200]
+    return StorageError(f"cannot {doing}: {reason}; {remedy}")
+
+
+@contextmanager
+def storing(path, remedy: str = REMEDY) -> Iterator[None]:
+    """An error of the file system while `path` is written is a StorageError with the remedy."""
+    try:
+        yield
+    except OSError as e:
+        raise not_stored(f"write {path}", e, remedy) from e
 
 
 @contextmanager

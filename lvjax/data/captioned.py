@@ -47,24 +47,26 @@ class Skipped(NamedTuple):
     @classmethod
     def of(cls, name: str, path: Path, error: Exception) -> "Skipped":
         """What an error says of a video; its place, which may change, is left out."""
-        return cls(name, one_line(error).removeprefix(f"{path} "))
+        told = str(error).removeprefix(f"{path} ").replace(f"{path.parent}{os.sep}", "")
+        return cls(name, one_line(told))
 
 
 def find_videos(folder) -> tuple[list[Source], list[Skipped]]:
     """The videos in a folder and the folders in it, by name; and those without a good caption.
 
     The caption of a.mp4 is the text in a.txt, else what the folder's table says; it is for the
-    whole video, or lines of a timeline (`captions`).  Hidden files are left out.
+    whole video, or lines of a timeline (`captions`).  Hidden files are left out, and folders that
+    are links.
     Raises: InputError when there is no such folder, no video in it, none has a caption, or a table
       cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}; give one with videos in it")
-    names = sorted(
+    names = sorted(  # links to nothing among them, so that they are told
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file()
+        if path.suffix.lower() in SUFFIXES and not os.path.isdir(path)
     )
     names = [n for n in names if not any(part.startswith(".") for part in n.split("/"))]
     if not names:
@@ -86,25 +88,30 @@ def find_videos(folder) -> tuple[list[Source], list[Skipped]]:
     return found, skipped
 
 
-def _caption(path: Path, told: str | None) -> tuple[tuple[float, str], ...]:
-    """told: what a table says."""
+def _caption(path: Path, row: tuple[Path, dict] | None) -> tuple[tuple[float, str], ...]:
+    """row: of which table, and what it says of the video."""
     beside = path.with_suffix(".txt")
     if os.path.lexists(beside):
         return captions(read_lines(beside), beside)
-    if told is None:
+    if row is None:
         raise InputError(f"{path} has no caption in {beside.name} or a table")
+    table, columns = row
+    told = next((columns[name] for name in CAPTION if isinstance(columns.get(name), str)), None)
+    if told is None:
+        raise InputError(f"{path} has no {CAPTION[0]!r} in {table.name}, and no {beside.name}")
     source = f"the caption of {path}"
+    if any(0xD800 <= ord(c) < 0xE000 for c in told):  # halves of letters, which JSON can hold
+        raise InputError(f"{source} is not text that can be written; correct {table.name}")
     return captions(text_lines(told, source), source)
 
 
-def _tables(folder: Path) -> dict[str, str]:
-    """{video: caption} of the tables in a folder and the folders in it."""
+def _tables(folder: Path) -> dict[str, tuple[Path, dict]]:
+    """{video: its row, and of which table} in a folder and the folders in it."""
     found = {}
     for name in TABLES:
         for path in sorted(folder.rglob(name)):
             below = path.parent.relative_to(folder)
-            for row in _rows(path):
-                found[(below / str(row[FILE])).as_posix()] = _told(row, path)
+            found |= {(below / row[FILE]).as_posix(): (path, row) for row in _rows(path)}
     return found
 
 
@@ -121,7 +128,8 @@ def _rows(path: Path) -> list[dict]:
         except csv.Error as e:
             raise InputError(f"{path} is no table of comma-separated values ({e})") from e
     else:
-        rows = [_json(line, n, path) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = enumerate(text.split("\n"), 1)  # a caption may hold other breaks, as U+2028
+        rows = [_json(line, n, path) for n, line in lines if line.strip()]
     for n, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get(FILE), str):
             raise InputError(f"{path}: row {n} names no file; give it a {FILE!r}")
@@ -133,13 +141,6 @@ def _json(line: str, number: int, path: Path):
         return json.loads(line)
     except (ValueError, RecursionError) as e:
         raise InputError(f"{path}: line {number} is not JSON; write one object per line") from e
-
-
-def _told(row: dict, path: Path) -> str:
-    for name in CAPTION:
-        if isinstance(row.get(name), str):
-            return row[name]
-    raise InputError(f"{path} has no caption of {row[FILE]!r}; give it a {CAPTION[0]!r}")
 
 
 def frames_of(path, fps, size: tuple[int, int]) -> Iterator[np.ndarray]:

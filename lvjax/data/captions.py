@@ -11,7 +11,8 @@ from pathlib import Path
 
 from lvjax.core.errors import InputError
 
-MOMENT = re.compile(r"(?:(\d{1,6}):)?(\d{1,9}(?:\.\d{1,9})?)s?(?::(?!\d)|[,\s])\s*(.+)")
+MOMENT = re.compile(r"(?:(\d{1,6}):)?(\d{1,9}(?:\.\d{1,9})?)s?(?:[:,](?!\d)|\s)\s*(.+)")
+SURELY = re.compile(r"\d+(?:[.:]\d|s\b)")  # what begins like this counts no things
 
 
 def read_lines(path) -> list[str]:
@@ -25,13 +26,17 @@ def read_lines(path) -> list[str]:
         raise InputError(
             f"cannot read {path} ({e.strerror if isinstance(e, OSError) else 'not UTF-8 text'})"
         ) from e
-    return text_lines(text, path)
+    return text_lines(text, path, comments=True)
 
 
-def text_lines(text: str, source) -> list[str]:
-    """The lines of a text of prompts, as `read_lines`; source: what the error calls it."""
+def text_lines(text: str, source, comments: bool = False) -> list[str]:
+    """The lines of a text of prompts that are not empty; comments: whether there may be such, which
+    are left out.  source: what the error calls it.
+
+    Raises: InputError when there is none.
+    """
     lines = [line.strip() for line in text.splitlines()]
-    if not (lines := [line for line in lines if line and not line.startswith("#")]):
+    if not (lines := [x for x in lines if x and not (comments and x.startswith("#"))]):
         raise InputError(f"{source} holds no prompt; write one per line")
     return lines
 
@@ -78,13 +83,16 @@ def check_timeline(timeline) -> None:
 def captions(lines: Sequence[str], source) -> tuple[tuple[float, str], ...]:
     """The timeline that the lines of a video's caption are: ((seconds, prompt), ...).
 
-    Lines of a timeline, the first at 0, are prompts that change.  Anything else is one caption for
-    the whole video, however many lines it has: "3 dogs run" is no prompt that begins at 3 s.
+    They are a timeline, of prompts that change, if the first line begins with the time 0; or if
+    there are several, each begins with a time, and one of these with a point, a colon or an s
+    (3.5, 1:30, 3s), so that 0 was forgotten.  Anything else is one caption for the whole video,
+    numbers and all, however many lines it has: "3 dogs run", "2 cats sit".
     Raises: InputError for a timeline that begins later, does not go forward, or has other lines.
     """
     found = [_moment(line) for line in lines]
-    timed = found[0] is not None and (found[0][0] == 0 or (len(lines) > 1 and all(found)))
-    if not timed:
+    begins = found[0] is not None and found[0][0] == 0
+    late = len(lines) > 1 and all(found) and any(map(SURELY.match, lines))
+    if not begins and not late:
         return ((0.0, " ".join(lines)),)
     timeline = tuple(moment(line, source) for line in lines)
     try:

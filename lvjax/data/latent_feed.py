@@ -78,8 +78,13 @@ class LatentFeed:
         return batch
 
     def position(self) -> dict:
-        """The number of the next batch, the windows there are, and what was damaged so far."""
-        return {"batch": self._next, "windows": self.windows, "damaged": self.damaged}
+        """The number of the next batch, of which data, and what was damaged so far."""
+        return {
+            "batch": self._next,
+            "windows": self.windows,
+            "data": self.data.identity,
+            "damaged": self.damaged,
+        }
 
     def seek(self, position: dict) -> None:
         """See `train.loop.Feed`.
@@ -90,6 +95,11 @@ class LatentFeed:
             raise InputError(
                 f"{self.data.folder} has {self.windows} windows of {self.clips} clips, it had "
                 f"{windows} when training stopped; give the dataset as it was, or begin anew"
+            )
+        if position.get("data", self.data.identity) != self.data.identity:
+            raise InputError(
+                f"{self.data.folder} has other videos, captions or settings than when training "
+                "stopped; give the dataset as it was, or begin anew"
             )
         self._next, self.damaged = position.get("batch", 0), dict(position.get("damaged", {}))
         self._batches.set_state({"next_index": self._next})

@@ -7,11 +7,12 @@ The format is that of latents.py.
 import dataclasses
 import hashlib
 import json
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from lvjax.core.checkpoint import save_arrays, sealed, write_atomic
-from lvjax.core.errors import CheckpointError, InputError, StorageError, shown
+from lvjax.core.errors import CheckpointError, InputError, shown, storing
 from lvjax.data.captioned import Skipped, Source
 from lvjax.data.latents import (
     BAD,
@@ -49,7 +50,7 @@ class LatentWriter:
 
     def __init__(self, folder, head: Head):
         self.folder = Path(folder)
-        with _storing(self.folder):
+        with storing(self.folder):
             if (self.folder / HEAD).exists():
                 _check_same(read_head(folder), head, self.folder)
             else:
@@ -83,7 +84,7 @@ class LatentWriter:
         line = self._lines.get(source.name)
         if line is None:
             return False
-        if [line["bytes"], line["timeline"]] == _state(source):
+        if _is_of(line, source):
             return True
         del self._lines[source.name]
         self._write_lines()
@@ -92,7 +93,8 @@ class LatentWriter:
 
     def put_sample(self, source: Source, number: int, sample: Sample) -> tuple[str, int]:
         """Write sample `number` of a video, at once or not at all; returns (name, clips)."""
-        name = f"{hashlib.sha256(source.name.encode()).hexdigest()[:16]}-{number:06d}"
+        own = hashlib.sha256(source.name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        name = f"{own}-{number:06d}"
         arrays = {array_name("latents", i): a for i, a in enumerate(sample.latents)}
         arrays |= {array_name("tails", i): a for i, a in enumerate(sample.tails)}
         meta = {k: getattr(sample, k) for k in ("first", "prompts", "least")}
@@ -104,55 +106,72 @@ class LatentWriter:
         size, timeline = _state(source)
         line = {"video": source.name, "bytes": size, "timeline": timeline, "samples": samples}
         self._lines[source.name] = line
-        with _storing(self.folder / VIDEOS), open(self.folder / VIDEOS, "a") as f:
+        with storing(self.folder / VIDEOS), open(self.folder / VIDEOS, "a") as f:
             f.write(json.dumps(line) + "\n")
 
     def drop(self, samples: Written) -> None:
         """Remove the samples of a video that is not to be used."""
-        with _storing(self.folder):
+        with storing(self.folder):
             for name, _ in samples:
                 sample_path(self.folder, name).unlink(missing_ok=True)
 
     def complete(self, skipped: list[Skipped]) -> dict[str, int]:
-        """The last call: how many {"videos", "samples", "clips", "skipped"} there are.
+        """The last call: how many {"videos", "samples", "clips", "skipped"} there are.  What is
+        there of a video that cannot be used any more is removed, and what kills left.
 
         Raises: CheckpointError when no video can be used.
         """
         lines = "".join(json.dumps(s._asdict()) + "\n" for s in skipped)
         write_atomic(self.folder / SKIPPED, lines.encode())
+        for video, _ in skipped:
+            self._lines.pop(video, None)
+        self._write_lines()
+        self._sweep()
         clips = [n for line in self._lines.values() for _, n in line["samples"]]
         if not clips:
             raise CheckpointError(
                 f"no video can be used: {skipped_words(skipped)}; {self.folder / SKIPPED} lists "
                 "them: give others"
             )
-        self._write_lines()
         index = hashlib.sha256((self.folder / VIDEOS).read_bytes()).hexdigest()
         counts = {"videos": len(self._lines), "samples": len(clips), "clips": sum(clips)}
         counts["skipped"] = len(skipped)
         write_atomic(self.folder / COMPLETE, sealed(counts | {"index": index}))
         return counts
 
+    def _sweep(self) -> None:
+        """Remove samples of no video."""
+        known = {
+            f"{name}.safetensors" for line in self._lines.values() for name, _ in line["samples"]
+        }
+        with storing(self.folder):
+            for path in (self.folder / SAMPLES).iterdir():
+                if path.suffix in (".safetensors", ".tmp") and path.name not in known:
+                    path.unlink()
+
     def _write_lines(self) -> None:
         lines = "".join(json.dumps(line) + "\n" for line in self._lines.values())
         write_atomic(self.folder / VIDEOS, lines.encode())
+
+
+def finished(folder, videos: Iterable[Source]) -> set[str]:
+    """The names of the videos that are done in a dataset, as `LatentWriter.has` finds them; nothing
+    is changed.
+
+    Raises: CheckpointError when what is there is damaged.
+    """
+    lines, found = _whole_lines(Path(folder, VIDEOS)), set()
+    for video in videos:
+        with suppress(InputError):  # it is gone: has it been done or not, nothing can be
+            if video.name in lines and _is_of(lines[video.name], video):
+                found.add(video.name)
+    return found
 
 
 def skipped_words(skipped: list[Skipped]) -> str:
     """The first few videos that are left out, with the reasons."""
     few = "; ".join(f"{s.video}: {s.reason}" for s in skipped[:FEW])
     return few + (f"; and {len(skipped) - FEW} more" if len(skipped) > FEW else "")
-
-
-@contextmanager
-def _storing(path):
-    """What the file system refuses is a StorageError."""
-    try:
-        yield
-    except OSError as e:
-        raise StorageError(
-            f"cannot write {path}: {e.strerror or e}; free space or choose another place"
-        ) from e
 
 
 def _check_empty(folder: Path) -> None:
@@ -192,6 +211,11 @@ def _state(source: Source) -> list:
     except OSError as e:
         raise InputError(f"cannot read {source.path}: {e.strerror or e}") from e
     return [size, [[t, text] for t, text in source.timeline]]
+
+
+def _is_of(line: dict, source: Source) -> bool:
+    """Whether a line is of a video as it is now.  Raises: InputError when that is gone."""
+    return [line["bytes"], line["timeline"]] == _state(source)
 
 
 def _whole_lines(path: Path) -> dict[str, dict]:

@@ -16,6 +16,7 @@ Owns: the format, and reading it.  Does not own: writing (latent_writer.py), mak
 (run/dataset.py), batches (latent_feed.py).
 """
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -147,6 +148,8 @@ def text_places(folder) -> dict[str, tuple[Path, int]]:
 class Latents:
     """A dataset that is complete; nothing of it is held but names and counts.
 
+    identity: sha256 of the head and of what videos.jsonl says of each video, in any order: another
+      for other videos, captions or cuts.
     samples: their names, in order.  clips: int64 [S], of each.  rows: of the longest prompt.
     """
 
@@ -156,6 +159,7 @@ class Latents:
     clips: np.ndarray
     texts: dict[str, tuple[Path, int]]
     rows: int
+    identity: str
 
     def text(self, prompt: str) -> Text:
         """A prompt, its rows padded with zeros to those of the longest.
@@ -219,7 +223,9 @@ def open_latents(folder) -> Latents:
         raise CheckpointError(f"{folder / TEXTS} lacks the null prompt; restore it")
     longest = max(_longest(path) for path in sorted({path for path, _ in texts.values()}))
     clips = np.fromiter(samples.values(), np.int64, len(samples))
-    return Latents(folder, head, tuple(samples), clips, texts, longest)
+    about = json.dumps(dataclasses.asdict(head), sort_keys=True).encode()
+    identity = hashlib.sha256(b"\n".join([about, *sorted(index.splitlines())])).hexdigest()
+    return Latents(folder, head, tuple(samples), clips, texts, longest, identity)
 
 
 def _longest(path: Path) -> int:

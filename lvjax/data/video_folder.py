@@ -40,6 +40,7 @@ def examples(
     for skipped in without:
         skip(skipped)
     for source in found:
+        source = source._replace(name=_letters(source.name))
         shown, begin = frames_of(source.path, fps, size), 0
         try:
             while piece := list(islice(shown, frames)):
@@ -47,6 +48,11 @@ def examples(
                 begin += len(piece)
         except InputError as e:
             skip(Skipped.of(source.name, source.path, e))
+
+
+def _letters(name: str) -> str:
+    """A name as text that can be stored: bytes in it that are no letters are escaped."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _example(source: Source, video: np.ndarray, begin: int, fps: int) -> dict:

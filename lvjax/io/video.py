@@ -22,7 +22,7 @@ from av.codec.context import Flags
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-from lvjax.core.errors import CheckpointError, InputError, StorageError
+from lvjax.core.errors import CheckpointError, InputError, storing
 from lvjax.io import fmp4
 from lvjax.io.image import is_file
 
@@ -40,19 +40,8 @@ BT709, LIMITED = 1, 1  # code points of ISO/IEC 23091-2; also what FFmpeg's fram
 EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 TO_YUV = EXACT | Interpolation.FULL_CHR_H_INP
 TO_RGB = EXACT | Interpolation.FULL_CHR_H_INT
+REMEDY = "free space or choose another --out"
 GAP = 60  # seconds: a longer step between two time stamps is a break in them, not a still picture
-
-
-@contextmanager
-def _storing(path):
-    """Turn an operating-system error while writing `path` into a StorageError."""
-    try:
-        yield
-    except OSError as e:
-        reason = e.strerror or str(e)
-        raise StorageError(
-            f"cannot write {path}: {reason}; free space or choose another --out"
-        ) from e
 
 
 def _as_rate(fps) -> Fraction:
@@ -138,7 +127,7 @@ class FragmentedWriter:
         header = bytes(_open_encoder(self.size, self.fps).extradata)
         init = fmp4.init_segment(self.size, self.fps, header, text)
         self.clips = self.frames = 0
-        with _storing(self.path):
+        with storing(self.path, REMEDY):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "wb" if resume_at is None else "r+b", buffering=0)
             try:
@@ -200,7 +189,7 @@ class FragmentedWriter:
         if frames.shape[1:] != (height, width, 3):
             raise ValueError(f"the file holds [P,{height},{width},3] frames, got {frames.shape}")
         data = fmp4.fragment(_encode(frames, self.fps), self.clips + 1, self.frames, self.fps)
-        with _storing(self.path):
+        with storing(self.path, REMEDY):
             try:
                 self._put(self.offset, fmp4.free_header(len(data)) + data[8:])
                 os.fsync(self._file.fileno())
@@ -230,6 +219,8 @@ def _opened(path) -> Iterator:
     path = Path(path)
     if not is_file(path):
         raise InputError(f"no such video file: {path}; give the path of a file")
+    if not path.stat().st_size:
+        raise InputError(f"{path} is empty; give a video that is whole and readable")
     try:
         with open(path, "rb") as f:
             with av.open(f, options={"protocol_whitelist": "file"}) as container:
@@ -309,16 +300,21 @@ def _rgb(frame: av.VideoFrame, size: tuple[int, int], convert: VideoReformatter)
     return np.rot90(turned.to_ndarray(), round(frame.rotation / 90) % 4)
 
 
+def _pictures(container, path):
+    """The stream of a container that is its video; a cover picture is none."""
+    videos = container.streams.video
+    videos = [s for s in videos if not s.disposition & Disposition.attached_pic]
+    if not videos:
+        raise InputError(f"{path} has no video stream; give a file with pictures in it")
+    return videos[0]
+
+
 def _screen(container, path, fps, most: int | None) -> tuple[Iterator, Fraction, tuple[int, int]]:
     """What is on the screen at a constant rate, as decoded; the rate; and (width, height) that its
     pixels make where they are square.
     """
     rate = None if fps is None else _as_rate(fps)
-    videos = container.streams.video
-    videos = [s for s in videos if not s.disposition & Disposition.attached_pic]
-    if not videos:
-        raise InputError(f"{path} has no video stream; give a file with pictures in it")
-    stream = videos[0]
+    stream = _pictures(container, path)
     stream.thread_type = "AUTO"
     own = min(stream.average_rate or stream.guessed_rate or Fraction(25), Fraction(240))
     rate = _as_rate(own) if rate is None else rate
@@ -327,6 +323,22 @@ def _screen(container, path, fps, most: int | None) -> tuple[Iterator, Fraction,
         raise InputError(f"{path} has no frames that can be decoded; give another video")
     aspect = stream.sample_aspect_ratio or Fraction(1)
     return chain([first], frames), rate, (max(1, round(first.width * aspect)), first.height)
+
+
+def seconds_of(path) -> float | None:
+    """How long a video is, as its container says; None where it does not, or says more than the
+    file can hold (a byte for each frame), as broken time stamps do.
+
+    Raises: InputError when the file cannot be read.
+    """
+    with _opened(path) as container:
+        stream = _pictures(container, path)
+        if stream.duration:
+            seconds = float(stream.duration * stream.time_base)
+        else:
+            seconds = (container.duration or 0) / av.time_base
+        frames = seconds * float(stream.average_rate or 1)
+        return seconds if 0 < frames <= Path(path).stat().st_size else None
 
 
 def read_video(

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from lvjax.core.checkpoint import write_atomic
-from lvjax.core.errors import InputError, StorageError
+from lvjax.core.errors import InputError, storing
 from lvjax.lab.error_free import REFERENCE, SETTINGS, Run, is_done, runs, settings_in
 from lvjax.lab.timelines import draw_timelines
 
@@ -62,10 +62,6 @@ def export(folder: Path, out: Path) -> list[Path]:
 
 
 def _copy(source: Path, copy: Path) -> None:
-    try:
+    with storing(copy, "free space or choose another folder"):
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, copy)
-    except OSError as e:
-        raise StorageError(
-            f"cannot write {copy}: {e.strerror or e}; free space or choose another folder"
-        ) from e

@@ -17,6 +17,7 @@ from lvjax.data import prompts as pocket
 from lvjax.data.captioned import Skipped, Source, frames_of
 from lvjax.data.latent_writer import LatentWriter, Written
 from lvjax.data.latents import NULL, Head, Latents, Layout, Sample, Text, open_latents
+from lvjax.methods.error_free import ErrorFree
 from lvjax.models.pocket_text import PocketTextConfig
 from lvjax.rollout.condition import pixel_frames
 from lvjax.run.bundle import Bundle
@@ -43,7 +44,9 @@ def plan_layout(
     """How videos are cut for a model; what is None is as its defaults have it.
 
     size: (height, width).  frames: pixel frames of a clip, 1 + 4m.  overlap, tails, clips: as
-      `Layout` has them; tails may be fewer where clips are short.
+      `Layout` has them; both overlap and tails may be fewer where clips are short.  A model of
+      another method has no clips that follow from each other yet: where None, its overlap is that
+      of `methods.ErrorFree`, which it is trained for.
     Raises: InputError with what is allowed.
     """
     d, stride = bundle.defaults, bundle.vae.spatial_stride
@@ -52,7 +55,9 @@ def plan_layout(
     latents = 1 + (frames - 1) // bundle.vae.temporal_stride
     if latents < 2:
         raise InputError(f"clips of {frames} frame are asked for; give 5 or more")
-    overlap = min(d.overlap, latents - 1) if overlap is None else overlap
+    if overlap is None:
+        usual = d.overlap if d.method == "error_free" else ErrorFree.overlap
+        overlap = min(usual, latents - 1)
     tails = min(TAILS, latents - 1) if tails is None else tails
     for name, value, least, most in (
         ("overlap", overlap, 1, latents - 1),

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from lvjax.core.checkpoint import load_arrays, save_arrays
-from lvjax.core.errors import CheckpointError, InputError, StorageError
+from lvjax.core.errors import CheckpointError, InputError, storing
 from lvjax.memory.cache import KVCache, read_clip, write_clip
 from lvjax.memory.spill import Exchange, Move
 from lvjax.rollout.clipwise import Clip, ClipState
@@ -45,13 +45,8 @@ class ClipFiles:
 
     def save(self, row: int, clip: int, arrays: dict[str, np.ndarray]) -> None:
         """Raises: StorageError."""
-        try:
+        with storing(self.folder):
             self.folder.mkdir(exist_ok=True)
-        except OSError as e:
-            raise StorageError(
-                f"cannot make the folder {self.folder}: {e.strerror or e}; free space or choose "
-                "another place"
-            ) from e
         save_arrays(self.path(row, clip), arrays, self._meta(row, clip))
 
     def load(self, row: int, clip: int, like: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -5,6 +5,8 @@ kill, a signal or a full disk leaves.
 
 import dataclasses
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,15 +21,17 @@ from lvjax.cli.main import main
 from lvjax.core.checkpoint import open_arrays
 from lvjax.core.errors import CheckpointError, NonFiniteError
 from lvjax.data import prompts as pocket
-from lvjax.data.captioned import Source, frames_of
+from lvjax.data.captioned import Source, find_videos, frames_of
 from lvjax.data.latent_feed import LatentFeed
 from lvjax.data.latent_writer import LatentWriter
 from lvjax.data.latents import Head, open_latents
 from lvjax.io.video import FragmentedWriter
+from lvjax.methods.error_free import ErrorFree
 from lvjax.models.vae import encode
-from lvjax.run import dataset
+from lvjax.run import dataset, dataset_plan
 from lvjax.run.bundle import outline
 from lvjax.run.dataset import open_dataset, plan_layout
+from lvjax.run.dataset_plan import plan_dataset
 from lvjax.run.encoders import open_prompts
 from lvjax.run.weights import load, save
 from tests.tiny import tiny_bundle
@@ -134,17 +138,28 @@ def test_what_cannot_be_used_is_left_out_counted_and_listed(model, own, tmp_path
     write_video(own / "d.mp4", 4)
     write_video(own / "e.mp4", 9)
     (own / "f.mov").write_bytes(b"no video" * 99)
+    strange = os.fsdecode(b"g\xff\n.mp4")  # no UTF-8
+    shutil.copy(own / "b.mp4", own / strange)
+    (own / strange).with_suffix(".txt").write_bytes(b"\xef\xbb\xbf# cats\r\n\r\n" + UP.encode())
+    (own / "h.mp4").symlink_to("h.mp4")
+    (own / "around").symlink_to(".")
+    for name, caption in (("i", "caf\xe9".encode("latin-1")), ("j", UP.encode())):
+        (own / f"{name}.mp4").write_bytes(b"")
+        (own / f"{name}.txt").write_bytes(caption)
     for name in "cdf":
         (own / f"{name}.txt").write_text(LEFT)
     capsys.readouterr()
     assert run(model, own, tmp_path / "set") == 0
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("2 videos, 9 clips of 5 frames, 16x16 at 8 frames/s: ")
-    assert "; 4 left out (c.mp4: " in last and "; and 1 more), see " in last
+    assert last.startswith("3 videos, 12 clips of 5 frames, 16x16 at 8 frames/s: ")
+    assert "; 7 left out (c.mp4: " in last and "; and 4 more), see " in last
     assert "d.mp4: is shorter than a clip of 5 frames, which are 0.625 s; e.mp4: " in last
     lines = map(json.loads, (tmp_path / "set/skipped.jsonl").read_text().splitlines())
     found = {line["video"]: line["reason"] for line in lines}
-    assert list(found) == ["c.mp4", "d.mp4", "e.mp4", "f.mov"] and "no caption" in found["e.mp4"]
+    wanted = ["c.mp4", "d.mp4", "e.mp4", "f.mov", "h.mp4", "i.mp4", "j.mp4"]
+    assert "cannot read i.txt (not UTF-8" in found["i.mp4"] and "is empty" in found["j.mp4"]
+    assert sample(open_latents(tmp_path / "set"), strange).prompts == [UP] * 3
+    assert list(found) == wanted and "no caption" in found["e.mp4"]
     assert str(own) not in "".join(found.values())
     (tmp_path / "bad").mkdir()
     for name in ("d.mp4", "d.txt", "f.mov", "f.txt"):
@@ -175,6 +190,76 @@ def test_the_same_command_goes_on(model, own, made, tmp_path, monkeypatch):
     data = open_latents(out)
     assert sorted(data.clips) == [2, 3, 4] and sample(data, "b.mp4").prompts == ["waves"] * 3
     assert len(list((out / "samples").iterdir())) == 3
+
+
+def test_a_video_that_lost_its_caption_leaves_the_dataset(model, own, made, tmp_path, capsys):
+    out = shutil.copytree(made, tmp_path / "set")
+    (out / "samples/.0-000000.safetensors.tmp").write_bytes(b"what a kill left")
+    shutil.copy(next((out / "samples").iterdir()), out / "samples/0-000000.safetensors")
+    (own / "b.txt").unlink()
+    assert run(model, own, out) == 0
+    assert "; 1 left out (b.mp4: has no caption" in capsys.readouterr().err.splitlines()[-1]
+    data = open_latents(out)
+    assert sorted(data.clips) == [2, 4] and json.loads((out / "complete.json").read_text())
+    assert json.loads((out / "complete.json").read_text())["videos"] == 1
+    there = {path.name for path in (out / "samples").iterdir()}
+    assert there == {f"{name}.safetensors" for name in data.samples}
+    shutil.copy(own / "a.txt", own / "b.txt")
+    assert run(model, own, out) == 0 and sorted(open_latents(out).clips) == [2, 3, 4]
+
+
+def test_the_plan_is_what_is_written(model, own, tmp_path, capsys, monkeypatch):
+    for name, frames in (("c", 5), ("d", 8), ("e", 9), ("g", 4)):
+        write_video(own / f"{name}.mp4", frames)
+        (own / f"{name}.txt").write_text("1s a fox\n2s a dog" if name == "g" else LEFT)
+    (own / "f.mp4").write_bytes(b"")
+    (own / "f.txt").write_text(UP)
+    out = tmp_path / "set"
+    assert run(model, own, out) == 0
+    said = capsys.readouterr()
+    size = sum(len(text) for text in files(out).values())
+    plan = re.fullmatch(
+        "plan: 6 videos to encode, about 13 clips, (.*) MB on disk; unreadable: 1\n", said.out
+    )
+    assert len(said.err.splitlines()) == 6 and "5 videos, 13 clips of 5" in said.err
+    assert re.fullmatch(r"2/6: b\.mp4, about \d+ s left", said.err.splitlines()[1])
+    assert size < 1e6 * float(plan[1]) + 5e4 and 1e6 * float(plan[1]) < 1.5 * size + 5e4
+    layout, (videos, _) = (
+        plan_layout(outline(model), frames=5, overlap=1, tails=2),
+        find_videos(own),
+    )
+    plan = plan_dataset(outline(model), videos, layout, tmp_path / "other")
+    assert 0.9 * size < plan.disk < 1.4 * size
+    (own / "a.txt").write_text(LEFT)  # of what is there only this one changed
+    assert run(model, own, out) == 0
+    assert "plan: 2 videos to encode (4 are done), about 6 clips," in capsys.readouterr().out
+    monkeypatch.setattr(dataset_plan, "seconds_of", lambda path: None)
+    assert run(model, own, tmp_path / "new") == 0
+    said = capsys.readouterr()
+    assert "about 0 clips, " in said.out and "; of unknown length: 6" in said.out
+    assert "2/6: b.mp4\n" in said.err
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything(model, videos, tmp_path, capsys,
+                                                          monkeypatch):  # fmt: skip
+    monkeypatch.setattr(dataset, "read_part", None)
+    free = shutil.disk_usage(tmp_path)._replace(free=4000)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: free)
+    said = fails(capsys, 6, model, videos, tmp_path / "some" / "where")
+    assert f" on {tmp_path}, 0.0 MB are free; free space, choose another --out, or " in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_of_other_methods_get_the_overlap_that_they_are_trained_for(model):
+    bundle = outline(model)
+    own = dataclasses.replace(bundle.defaults, clip_latents=5, overlap=3)
+    wan = dataclasses.replace(own, method="wan", overlap=1)
+
+    def overlap(defaults, **given):
+        return plan_layout(dataclasses.replace(bundle, defaults=defaults), **given).overlap
+
+    assert overlap(own) == 3 and overlap(wan) == ErrorFree().overlap == 2
+    assert overlap(wan, frames=5) == 1 and overlap(wan, overlap=4) == 4
 
 
 def test_a_kill_costs_the_video_in_flight(model, own, made, tmp_path):

@@ -59,6 +59,8 @@ def test_a_whole_experiment_again_and_exported(run, tmp_path, capsys):
     assert "cells was ['full', 'baseline'], is ['full']" in other
 
     assert main(["lab", "export-vbench", str(out), "--from", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert f"wrote 3 folders of videos to {out}; " in said and "imaging_quality" in said
     cells = {"reference", "full", "baseline"}
     assert {p.name for p in out.iterdir()} == cells | {f"{cell}.json" for cell in cells}
     for cell in cells:

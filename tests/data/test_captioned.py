@@ -2,6 +2,7 @@
 """Videos with captions in a folder: what is found, what is left out, and the TFDS builder."""
 
 import json
+import os
 import sys
 import warnings
 
@@ -30,6 +31,15 @@ def write(path, frames=12, fps=8, size=(48, 32), seed=0):
         (["a boat", "on a lake"], ((0.0, "a boat on a lake"),)),
         (["3 dogs run"], ((0.0, "3 dogs run"),)),
         (["a boat", "3 men row"], ((0.0, "a boat 3 men row"),)),
+        (["3 dogs run", "2 cats sit"], ((0.0, "3 dogs run 2 cats sit"),)),
+        (["2 dogs run", "3 cats sit"], ((0.0, "2 dogs run 3 cats sit"),)),
+        (["3: dogs", "5: cats"], ((0.0, "3: dogs 5: cats"),)),
+        (["3.5 million people"], ((0.0, "3.5 million people"),)),
+        (["0.5 l of milk", "in a glass"], ((0.0, "0.5 l of milk in a glass"),)),
+        (["0,5 l of milk"], ((0.0, "0,5 l of milk"),)),
+        (["007 runs"], ((0.0, "007 runs"),)),
+        (["0 0 people"], ((0.0, "0 people"),)),
+        (["0, a boat", "3s, a lake"], ((0.0, "a boat"), (3.0, "a lake"))),
         (["0 boats", "3.5 a lake", "1:00 me"], ((0.0, "boats"), (3.5, "a lake"), (60, "me"))),
     ],
 )  # fmt: skip
@@ -42,7 +52,9 @@ def test_captions(lines, timeline):
     [
         (["0 a boat", "a lake"], "not a time and a prompt"),
         (["0 a boat", "5 a lake", "4 a man"], "must start at 0 and increase"),
-        (["2 a boat", "5 a lake"], "must start at 0 and increase"),
+        (["2 a boat", "5.5 a lake"], "must start at 0 and increase"),
+        (["2s a boat", "1s a lake"], "must start at 0 and increase"),
+        (["0:30 a boat", "1:00 a lake"], "must start at 0 and increase"),
     ],
 )
 def test_timelines_that_are_none(lines, what):
@@ -71,6 +83,25 @@ def test_captions_are_beside_videos_or_in_a_table(tmp_path):
     assert "'clouds' is not a time" in skipped[2].reason
 
 
+def test_a_row_without_a_caption_costs_its_video(tmp_path):
+    for name in "abcd":
+        (tmp_path / f"{name}.mp4").write_bytes(b"")
+    (tmp_path / "c.txt").write_text("clouds")
+    breaks = "# two\u2028lines\u2029and\x85more"
+    rows = [{"text": None}, {"text": breaks}, {"text": 7}, {"words": "waves"}]
+    rows = [{"file_name": f"{n}.mp4", **row} for n, row in zip("abcd", rows, strict=True)]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "metadata.jsonl").write_text(text, encoding="utf-8-sig", newline="")
+    found, skipped = find_videos(tmp_path)
+    assert {s.name: s.timeline for s in found} == {
+        "b.mp4": ((0.0, "# two lines and more"),),
+        "c.mp4": ((0.0, "clouds"),),
+    }
+    assert skipped == [
+        (f"{n}.mp4", f"has no 'text' in metadata.jsonl, and no {n}.txt") for n in "ad"
+    ]
+
+
 def test_folders_without_videos_or_captions(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         find_videos(tmp_path / "none")
@@ -82,7 +113,7 @@ def test_folders_without_videos_or_captions(tmp_path):
     for name, text, what in (
         ("metadata.jsonl", '{"file_name": "a.mp4", "text": "x"}\n{"file', "line 2 is not JSON"),
         ("metadata.jsonl", '{"file": "a.mp4", "text": "x"}\n', "row 1 names no file"),
-        ("metadata.csv", "file_name,words\na.mp4,x\n", "no caption of 'a.mp4'"),
+        ("metadata.csv", "file_name,words\na.mp4,x\n", "has no 'text' in metadata.csv"),
         ("metadata.jsonl", "[1]\n", "row 1 names no file"),
     ):
         (tmp_path / name).write_text(text)
@@ -109,6 +140,9 @@ def test_builder(tmp_path):
     (folder / "c.mp4").write_bytes(b"no video" * 50)
     (folder / "c.txt").write_text("nothing")
     (folder / "d.mp4").write_bytes(b"")
+    strange = os.fsdecode(b"e\xff\n.mp4")  # no UTF-8
+    write(folder / strange, 5)
+    (folder / strange).with_suffix(".txt").write_text("a fox")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from lvjax.data.video_folder import VideoFolder
@@ -121,7 +155,8 @@ def test_builder(tmp_path):
         again = VideoFolder(data_dir=tmp_path / "data", **given)
         other = VideoFolder(data_dir=tmp_path / "data", **given | {"fps": 4})
     assert "tensorflow" not in sys.modules
-    assert sorted(found) == [("a.mp4", 0), ("a.mp4", 8), ("a.mp4", 16), ("b.mp4", 0)]
+    named = [("a.mp4", 0), ("a.mp4", 8), ("a.mp4", 16), ("b.mp4", 0), ("e\\udcff\n.mp4", 0)]
+    assert sorted(found) == named
     whole = np.stack(list(frames_of(folder / "a.mp4", 8, (16, 24))))
     parts = [found["a.mp4", n]["video"] for n in (0, 8, 16)]
     np.testing.assert_array_equal(np.concatenate(parts), whole)

@@ -3,13 +3,16 @@
 from wherever training goes on, and with damage in them.
 """
 
+import hashlib
 import json
 import tracemalloc
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from optax import sgd
 
 from lvjax.core.checkpoint import open_arrays, sealed, unsealed
 from lvjax.core.errors import CheckpointError, InputError
@@ -18,7 +21,9 @@ from lvjax.data.latents import open_latents, sample_path
 from lvjax.memory.placement import last
 from lvjax.models.dit import dit_spec
 from lvjax.models.pocket_text import encode_text, text_spec
+from lvjax.train.checkpoints import Checkpoints
 from lvjax.train.extension import ExtensionTask, extension_loss
+from lvjax.train.state import init_state
 from tests.data.latent_sets import LAYOUT, names, write_latents
 from tests.drawn import drawn
 from tests.tiny import DIT, TEXT
@@ -95,7 +100,8 @@ def test_any_number_of_readers_gives_the_same_batches(tmp_path, damage):
 def test_it_goes_on_in_the_middle_of_an_epoch(data):
     feed = LatentFeed(data, 5, 2, seed=2)
     before, position = taken(feed, 4), feed.position()
-    assert position == {"batch": 4, "windows": 14, "damaged": {}}
+    own = {"batch": 4, "windows": 14, "data": data.identity, "damaged": {}}
+    assert position == own and len(data.identity) == 64
     after = taken(feed, 6)
     other = LatentFeed(data, 5, 2, seed=2, readers=0)
     other.seek(position)
@@ -104,6 +110,46 @@ def test_it_goes_on_in_the_middle_of_an_epoch(data):
     assert_same(taken(other, 4), before)
     feed.seek(position)  # back, with batches that were read ahead
     assert_same(taken(feed, 6), after)
+
+
+def test_its_position_goes_through_a_checkpoint(tmp_path):
+    data, state = write_latents(tmp_path), init_state({"w": jnp.ones(2)}, sgd(0.1))
+    name = flip(data, 2, clip=4)
+    whole = LatentFeed(data, 3, 2, seed=1, tails=2)
+    taken(whole, 5)
+    assert list(whole.damaged) == [name]
+    with Checkpoints(tmp_path / "run") as saved:
+        saved.save(state, whole.position())
+    with Checkpoints(tmp_path / "run") as saved:
+        _, position = saved.restore(state)
+    rest = LatentFeed(open_latents(data.folder), 3, 2, seed=1, tails=2)
+    rest.seek(position)
+    assert_same(taken(rest, 9), taken(whole, 9))
+    assert rest.position() == whole.position() and rest.position()["batch"] == 14
+
+
+def test_it_goes_on_with_its_own_data_alone(tmp_path):
+    data = write_latents(tmp_path)
+    position = LatentFeed(data, 2, 2).position()
+    changed = json.loads(json.dumps(position)) | {"batch": 3}
+    index, complete = data.folder / "videos.jsonl", data.folder / "complete.json"
+    lines = index.read_bytes().splitlines(keepends=True)
+
+    def rewritten(text: bytes):
+        index.write_bytes(text)
+        digest = hashlib.sha256(text).hexdigest()
+        complete.write_bytes(sealed(unsealed(complete) | {"index": digest}))
+        return LatentFeed(open_latents(data.folder), 2, 2)
+
+    rewritten(b"".join(reversed(lines))).seek(changed)  # found in another order
+    for old, new in ((b"waves", b"clouds"), (b'"bytes": 0', b'"bytes": 1')):
+        with pytest.raises(InputError, match="has other videos, captions or settings"):
+            rewritten(b"".join(lines).replace(old, new, 1)).seek(changed)
+    other = write_latents(tmp_path / "other", fps=9)
+    with pytest.raises(InputError, match="has other videos, captions or settings"):
+        LatentFeed(other, 2, 2).seek(changed)
+    del changed["data"]  # of a version that did not say
+    LatentFeed(other, 2, 2).seek(changed)
 
 
 def test_what_is_damaged_is_left_out_counted_and_listed(tmp_path):

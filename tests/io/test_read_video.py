@@ -10,7 +10,7 @@ import pytest
 
 from lvjax.core.errors import InputError
 from lvjax.io import fmp4
-from lvjax.io.video import FragmentedWriter, read_video
+from lvjax.io.video import FragmentedWriter, read_video, seconds_of
 
 
 def levels(count, size=(64, 48)):
@@ -55,6 +55,7 @@ def test_containers_and_codecs(tmp_path, kind, codec, pix_fmt):
     plain = tmp_path / f"b{kind}"
     mux(plain, levels(12), np.arange(12) / 25, codec, 25, pix_fmt, ticks=25)
     path = plain.rename(tmp_path / f"http:name{kind}")  # a name is never taken for an address
+    assert seconds_of(path) == pytest.approx(12 / 25, abs=0.05)
     frames, fps = read_video(path)
     assert frames.shape == (12, 48, 64, 3) and frames.dtype == np.uint8
     assert told(frames) == list(range(12)) and fps == pytest.approx(25, rel=0.01)
@@ -118,6 +119,7 @@ def test_pixels_that_are_not_square(tmp_path):
 def test_broken_time_stamps_do_not_fill_the_memory(tmp_path):
     times = [0, 0.125, 0.25, 2_000_000, 2_000_000.125, 2_000_000.25]
     path = mux(tmp_path / "a.mkv", levels(6), times)
+    assert seconds_of(path) is None
     assert told(read_video(path, 8)[0])[:6] == list(range(6))
     assert len(read_video(path, 8, max_frames=3)[0]) == 3
 

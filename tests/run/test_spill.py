@@ -205,7 +205,7 @@ def test_a_folder_is_cleared_of_its_own_files_alone(tmp_path):
         path.write_text("") if place == "file" else path.symlink_to(files.folder)
         with pytest.raises(InputError, match="is no folder"):
             spill.check_place(tmp_path / place)
-    with pytest.raises(StorageError, match="cannot make the folder"):
+    with pytest.raises(StorageError, match="cannot write"):
         ClipFiles(spill.clips_path(tmp_path / "file")).save(0, 0, {})
 
 
