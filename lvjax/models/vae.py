@@ -178,6 +178,39 @@ def decode_step(params, state, latents, cfg: VAEConfig):
     return _decode(params, state, latents, cfg)
 
 
+def decoder_state(params, latents, cfg: VAEConfig):
+    """The state of `decode_next` before a video, for latents of this shape [B,n,h,w,z]: zeros.
+
+    latents: an array, or a `jax.ShapeDtypeStruct`.
+    """
+    first = jax.ShapeDtypeStruct((latents.shape[0], 1, *latents.shape[2:]), jnp.float32)
+    shapes = jax.eval_shape(lambda p, z: decode_start(p, z, cfg)[0], params, first)
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+
+def decode_next(params, state, latents, first, cfg: VAEConfig):
+    """The next n >= 1 latent frames [B,n,h,w,z] to (state, [B,n*temporal_stride,H,W,3]), clamped;
+    one program for the beginning of a video and for what follows.
+
+    first: bool [], whether the video begins here; then temporal_stride - 1 frames of zeros stand in
+      front, as its first latent frame is one pixel frame.
+    """
+
+    def begin(state, latents):
+        del state
+        state, video = decode_start(params, latents[:, :1], cfg)
+        if latents.shape[1] > 1:
+            state, rest = decode_step(params, state, latents[:, 1:], cfg)
+            video = jnp.concatenate([video, rest], axis=1)
+        return state, jnp.pad(video, ((0, 0), (cfg.temporal_stride - 1, 0), *((0, 0),) * 3))
+
+    def follow(state, latents):
+        return decode_step(params, state, latents, cfg)
+
+    state, video = jax.lax.cond(first, begin, follow, state, latents)
+    return state, jnp.clip(video, -1.0, 1.0)
+
+
 def decode(params, latents, cfg: VAEConfig, piece: int | str = 1, clamp: bool = True):
     """Normalised latents [B,T,h,w,z] to video [B,1+(T-1)*temporal_stride,H,W,3], clamped to [-1,1].
 
