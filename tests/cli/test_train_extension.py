@@ -7,6 +7,7 @@ import gc
 import json
 import shutil
 import signal
+import types
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 
 from lvjax.cli import train_extension
 from lvjax.cli.main import main
-from lvjax.core.errors import DoesNotFitError
+from lvjax.core.errors import DoesNotFitError, StorageError
 from lvjax.run.machine import host_memory
 from lvjax.run.weights import load, save
 from lvjax.train.checkpoints import Checkpoints
@@ -237,3 +238,18 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(command, capsys, m
     monkeypatch.setattr(train_extension, "host_memory", lambda: 1_000_000)
     assert main(command(1)) == 4
     assert "training needs 0.0 GB" in capsys.readouterr().err and host_memory() > 1e6
+
+
+def test_checkpoints_that_do_not_fit_are_refused_before_weights_are_read(
+    command, tmp_path, capsys, monkeypatch
+):
+    usage = types.SimpleNamespace(free=10_000)
+    monkeypatch.setattr(train_extension, "begin", None)
+    monkeypatch.setattr(train_extension.shutil, "disk_usage", lambda _: usage)
+    assert main(command(1)) == 6
+    assert "the checkpoints need 0.00 GB more in" in capsys.readouterr().err
+    with pytest.raises(StorageError, match="choose another --folder"):
+        train_extension.check_disk(11_000, tmp_path)
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "5" / "state").write_bytes(bytes(1000))
+    train_extension.check_disk(11_000, tmp_path)  # what is there is counted
