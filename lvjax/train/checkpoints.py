@@ -7,10 +7,12 @@ key), laid out over the devices of a mesh as it is, and one JSON file: where the
 checksum of every array, because Orbax notices no damage in them.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
@@ -28,6 +30,15 @@ KEPT = 2  # the newest, and one to go back to
 def is_begun(folder) -> bool:
     """Whether a run has saved a state in `folder`."""
     return any(path.name.isdecimal() for path in Path(folder, CHECKPOINTS).glob("*"))
+
+
+def disk_bytes(state) -> int:
+    """What the checkpoints of a run take at most, those that are kept and the one being written.
+
+    state: its arrays, or their shapes.
+    """
+    leaves = jax.tree.leaves(state)
+    return (KEPT + 1) * sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in leaves)
 
 
 class Checkpoints:
