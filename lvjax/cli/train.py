@@ -13,7 +13,7 @@ from lvjax.cli import config
 from lvjax.cli.stopped import stopped
 from lvjax.cli.train_extension import train_extension
 from lvjax.core.compat import enable_compilation_cache
-from lvjax.core.errors import InputError, StorageError
+from lvjax.core.errors import InputError, StorageError, not_stored
 from lvjax.data.clips import CLIP_FRAMES
 from lvjax.data.world import SIZE
 from lvjax.lab import pocket
@@ -59,10 +59,8 @@ def run(args) -> int:
         try:
             return _run(train, folder)
         except OSError as e:
-            where = e.filename or folder
-            raise StorageError(
-                f"cannot use {where}: {e.strerror or e}; free space or choose another --folder"
-            ) from e
+            remedy = "free space or choose another --folder"
+            raise not_stored(f"use {e.filename or folder}", e, remedy) from e
 
 
 def _run(train: Callable[[], bool], folder: Path) -> int:

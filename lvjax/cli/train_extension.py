@@ -12,9 +12,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from lvjax.api import generate
+from lvjax.cli.bar import Bar
 from lvjax.cli.drive import note
 from lvjax.core.checkpoint import write_atomic
 from lvjax.core.errors import (
@@ -73,9 +73,10 @@ def train_extension(training: Training, folder: Path, seconds: float) -> bool:
     # of a run that goes on the state is in its checkpoint, and would be in memory twice
     state, fixed = (like, begin_fixed(opened)) if is_begun(folder) else begin(opened)
     try:
-        with _Bar(o.steps) as bar:
+        with Bar(o.steps, "step") as bar:
             sample = partial(_sample, opened, fixed, data, folder)
-            outside = Outside(seconds, bar.report, sample, training.tensorboard)
+            report = partial(_report, bar, o.steps)
+            outside = Outside(seconds, report, sample, training.tensorboard)
             state = fit(
                 step, state, feed, o, folder, fixed=fixed, mesh=opened.mesh, outside=outside
             )
@@ -104,8 +105,9 @@ def _tell_damaged(feed: LatentFeed, folder: Path) -> None:
 def describe(plan: TrainingPlan, disk: int) -> str:
     """The plan in one line for the user.  disk: of `disk_bytes`."""
     parts = ", ".join(f"{k} {v / 1e6:.0f} MB" for k, v in plan.memory.items())
+    host = f", {plan.host_bytes / 1e9:.2f} GB in all with JAX" if shares_memory() else ""
     return (
-        f"plan: memory {plan.device_bytes / 1e9:.2f} GB on each device ({parts}), disk "
+        f"plan: memory {plan.device_bytes / 1e9:.2f} GB on each device ({parts}){host}, disk "
         f"{disk / 1e9:.2f} GB ({KEPT} checkpoints and the one being written)"
     )
 
@@ -114,7 +116,7 @@ def check(plan: TrainingPlan) -> None:
     """Raises: DoesNotFitError with what makes it smaller."""
     needs, free = plan.device_bytes, device_memory()
     if shares_memory():
-        needs, free = plan.device_bytes * jax.device_count(), host_memory()
+        needs, free = plan.host_bytes, host_memory()
     if needs > free:
         raise DoesNotFitError(
             f"training needs {needs / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; give a smaller "
@@ -153,26 +155,9 @@ def check_samples(opened: Open, data: Latents) -> None:
 # ---- on the way --------------------------------------------------------------------
 
 
-class _Bar:
-    """A bar on a terminal, else a line for every report."""
-
-    def __init__(self, steps: int):
-        self.bar = tqdm(total=steps, unit="step", disable=not sys.stderr.isatty())
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.bar.close()
-
-    def report(self, line: dict) -> None:
-        """Show a logged line."""
-        values = " ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step")
-        if self.bar.disable:
-            print(f"step {line['step']}/{self.bar.total}: {values}", file=sys.stderr, flush=True)
-            return
-        self.bar.set_postfix_str(values, refresh=False)
-        self.bar.update(line["step"] - self.bar.n)
+def _report(bar: Bar, steps: int, line: dict) -> None:
+    values = " ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step")
+    bar(line["step"], values, f"step {line['step']}/{steps}: {values}")
 
 
 def _sample(opened: Open, fixed, data: Latents, folder: Path, state: TrainState) -> None:
