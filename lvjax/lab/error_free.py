@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from lvjax.core.checkpoint import load_arrays, save_arrays, sealed, unsealed, write_atomic
-from lvjax.core.errors import CheckpointError, InputError
+from lvjax.core.errors import CheckpointError, InputError, NonFiniteError
 from lvjax.data.clips import CLIP_FRAMES
 from lvjax.data.world import CLIP_STRIDE, FPS, GIVEN, SIZE
 from lvjax.io.fmp4 import boxes, fragment_info
@@ -281,7 +281,7 @@ def run_cells(
     """Make every run that is not there; whether all are.
 
     stop: asked after each clip; the run in hand is given up then.
-    Raises: NonFiniteError naming the clip; StorageError.
+    Raises: NonFiniteError naming the run; CheckpointError; StorageError.
     """
     missing = [r for r in runs(settings) if not is_done(folder, r, settings)]
     reference = Run(REFERENCE, 0)
@@ -298,7 +298,8 @@ def run_cells(
         if stop():
             return False
         began, parts = time.monotonic(), []
-        for frames in sample(bundle, CELLS[run.cell], run.seed, timelines, settings.steps):
+        clips = sample(bundle, CELLS[run.cell], run.seed, timelines, settings.steps)
+        for frames in _finite(run, clips):
             parts.append(frames)
             done, all_frames = sum(p.shape[1] for p in parts), timelines[0].frames
             rate = len(timelines) * done / (time.monotonic() - began)
@@ -312,6 +313,16 @@ def run_cells(
         rows = _rows([six_parts(video) for video in videos], truth, timelines, outlines)
         _keep(folder, run, timelines, videos, rows)
     return True
+
+
+def _finite(run: Run, clips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    try:
+        yield from clips
+    except NonFiniteError as e:
+        raise NonFiniteError(
+            f"the model's videos of {run.cell}, seed {run.seed}, are not finite; the runs that are "
+            "done are kept; give another --model, and another --folder"
+        ) from e
 
 
 def sample(

@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 
-from lvjax.core.errors import CheckpointError, InputError
+from lvjax.core.errors import CheckpointError, InputError, NonFiniteError
 from lvjax.lab import error_free as lab
 from lvjax.lab.measure import measure
 from lvjax.lab.metrics import six_windows
@@ -80,6 +80,18 @@ def test_what_is_missing_is_made_again_and_the_report_has_the_same_bytes(bundle,
     assert f"reproduced ({shown})" in text
     assert len(figures["rows"]["full"]) == 4 and len(figures["reference"]) == 2
     assert figures["rows"]["full"][0]["whole"]["sharpness"] > 1
+
+
+def test_a_model_that_is_not_finite_is_named_by_its_run(bundle, tmp_path, monkeypatch):
+    bundle, _ = bundle
+
+    def sample(*_):
+        raise NonFiniteError("latents of clip 0 are not finite")
+        yield
+
+    monkeypatch.setattr(lab, "sample", sample)
+    with pytest.raises(NonFiniteError, match="of full, seed 100, are not finite; the runs"):
+        lab.run_cells(bundle, SMALL, tmp_path)
 
 
 def test_a_run_that_is_stopped_leaves_nothing_of_itself(bundle, tmp_path):
