@@ -19,6 +19,6 @@ from lvjax.train.state import TrainOptions
 
 
 def get_config() -> ConfigDict:
-    options = TrainOptions(10_000, 1e-5, 200, 1.0, ema=0.9999, sample_every=1000)
+    options = TrainOptions(10_000, 1e-5, 200, 1.0, ema=0.9999, save_every=900.0, sample_every=1000)
     training = Training("", "", options, PUBLISHED, batch=8, dtype="bfloat16")
     return ConfigDict(dataclasses.asdict(training), convert_dict=True)

@@ -13,6 +13,7 @@ from lvjax.cli.bar import Bar
 from lvjax.cli.drive import note
 from lvjax.cli.names import check_names
 from lvjax.cli.request import picture_size
+from lvjax.cli.stopped import stopped
 from lvjax.core.errors import InputError, one_line
 from lvjax.data.captioned import Source, find_videos
 from lvjax.data.latent_writer import skipped_words
@@ -83,11 +84,7 @@ def run(args) -> int:
             shown = _Shown(plan, bar)
             counts, skipped = encode_folder(bundle, videos, skipped, output, layout, shown)
     except KeyboardInterrupt as e:
-        print(
-            "lvjax: stopped, what is done is saved; the same command goes on",
-            file=sys.stderr,
-        )
-        return 128 + (e.args[0] if e.args else 2)
+        return stopped(output, *e.args)
     said = (
         f"{counts['videos']} videos, {counts['clips']} clips of {layout.frames} frames, "
         f"{layout.size[1]}x{layout.size[0]} at {layout.fps} frames/s: {output}"

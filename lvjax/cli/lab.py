@@ -47,7 +47,7 @@ def _error_free(parser: argparse.ArgumentParser) -> None:
 
     add("--quick", action="store_true", help="short videos and few of them; the report says so")
     add("--folder", default="runs/error-free", help="what is done there is not made again")
-    model = '"pocket" (default), which lvjax brings trained; or a folder of `lvjax train`'
+    model = '"pocket" (default), which comes trained, or a folder, as `lvjax train` saves one'
     add("--model", default="pocket", help=model)
     add("--seconds", type=float, help=f"length of every video {default('seconds')}")
     add("--seeds", type=int, help=f"sampling seeds per timeline {default('seeds')}")

@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from lvjax.cli import config
+from lvjax.cli.stopped import stopped
 from lvjax.cli.train_extension import train_extension
 from lvjax.core.compat import enable_compilation_cache
-from lvjax.core.errors import InputError, StorageError
+from lvjax.core.errors import InputError, StorageError, not_stored
 from lvjax.data.clips import CLIP_FRAMES
 from lvjax.data.world import SIZE
 from lvjax.lab import pocket
@@ -58,26 +59,21 @@ def run(args) -> int:
         try:
             return _run(train, folder)
         except OSError as e:
-            where = e.filename or folder
-            raise StorageError(
-                f"cannot use {where}: {e.strerror or e}; free space or choose another --folder"
-            ) from e
+            remedy = "free space or choose another --folder"
+            raise not_stored(f"use {e.filename or folder}", e, remedy) from e
 
 
 def _run(train: Callable[[], bool], folder: Path) -> int:
     """Train; returns the exit code.  A signal ends a stage after the step in flight, with a
-    checkpoint (`fit`), and preparation at once: what it had finished is found again.
+    checkpoint (`fit`), and preparation at once: what it had finished is found again.  A second
+    Ctrl-C does not wait for the step, and the newest checkpoint is the one before.
     """
     try:
         if not train():
             print(f"stopped by the time limit; the same command goes on from {folder}")
         return 0
     except KeyboardInterrupt as e:
-        print(
-            f"lvjax: stopped, what is done is saved; the same command goes on from {folder}",
-            file=sys.stderr,
-        )
-        return 128 + (e.args[0] if e.args else 2)
+        return stopped(folder, *e.args)
 
 
 def _train_pocket(recipe: Recipe, folder: Path, seconds: float) -> bool:

@@ -26,6 +26,7 @@ def _digests(arrays: list) -> list:
     return [_digest(a) for a in arrays]
 
 
+@jax.jit  # traced once for each shape: a state has many arrays of few
 def _digest(a):
     bits = a.astype(jnp.uint8) if a.dtype == bool else a
     words = lax.bitcast_convert_type(bits, WORDS[bits.dtype.itemsize]).astype(jnp.uint32)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from lvjax.core.checkpoint import load_arrays, save_arrays, sealed, unsealed, write_atomic
-from lvjax.core.errors import CheckpointError, InputError
+from lvjax.core.errors import CheckpointError, InputError, NonFiniteError
 from lvjax.data.clips import CLIP_FRAMES
 from lvjax.data.world import CLIP_STRIDE, FPS, GIVEN, SIZE
 from lvjax.io.fmp4 import boxes, fragment_info
@@ -33,6 +33,7 @@ from lvjax.models.vae import decode, encode
 from lvjax.rollout.condition import pixel_frames
 from lvjax.run import card as cards
 from lvjax.run.bundle import Bundle
+from lvjax.run.defaults import ALLOWED
 from lvjax.run.job import enlarge
 from lvjax.run.request import Request, frame_count, resolved
 from lvjax.run.session import open_session, to_uint8
@@ -41,6 +42,7 @@ FORMAT = "lvjax-lab/1"
 SETTINGS, WORLD, REFERENCE = "settings.json", "world.safetensors", "reference"
 SEED = 100  # the first sampling seed; thresholds and obedience used 0 and 1
 UPSCALE = 2  # of the videos in the folder: H.264 halves the resolution of colour
+MOST = 1000  # seeds, or timelines
 BATCH = 12  # clips at a time through the autoencoder
 NOT_MODELS = ("size", "window", "spill", "lookahead", "method", "upscale", "boundary", "impose")
 """Defaults of a model that decide no figure here: cells, or `sample`, set the first five; the sixth
@@ -121,8 +123,11 @@ def check(bundle: Bundle, settings: Settings) -> None:
     if unknown or not settings.cells:
         raise InputError(f"the cell is {unknown[:1]}; give one or more of {', '.join(CELLS)}")
     for name in ("seeds", "timelines"):
-        if getattr(settings, name) < 1:
-            raise InputError(f"{name} is {getattr(settings, name)}; give 1 or more")
+        if not 1 <= getattr(settings, name) <= MOST:
+            raise InputError(f"{name} is {getattr(settings, name)}; give a number from 1 to {MOST}")
+    test, words = ALLOWED["steps"]
+    if settings.steps is not None and not test(settings.steps):
+        raise InputError(f"steps is {settings.steps}; give {words}")
     if settings.frames < 4 * WINDOWS:
         raise InputError(f"seconds is {settings.seconds:g}; give {4 * WINDOWS / FPS:g} or more")
     d = bundle.defaults
@@ -208,6 +213,11 @@ def settings_of(about: dict[str, Any]) -> Settings:
     Raises: KeyError, TypeError for what is no such thing.
     """
     chosen = {f.name: about[f.name] for f in dataclasses.fields(Settings)}
+    numbers = type(chosen["seeds"]), type(chosen["timelines"]), type(chosen["seconds"])
+    if numbers not in ((int, int, int), (int, int, float)) or not set(chosen["cells"]) <= set(
+        CELLS
+    ):
+        raise TypeError("other types than `Settings` has")
     return Settings(**chosen | {"cells": tuple(chosen["cells"])})
 
 
@@ -250,7 +260,15 @@ def rows_of(folder: Path, run: Run, settings: Settings) -> list[dict]:
     found = _read(path).get("rows")
     if not isinstance(found, list) or len(found) != settings.timelines:
         raise CheckpointError(f"{path} is not of {settings.timelines} timelines; remove it")
+    if not all(isinstance(row, dict) and _is_row(**row) for row in found):
+        raise CheckpointError(f"{path} lacks figures; remove it to make it again")
     return found
+
+
+def _is_row(whole=None, windows=None, **others) -> bool:
+    """Whether this has the form of what `measure_row` gives."""
+    parts = [whole, *windows] if isinstance(windows, list) else []
+    return len(parts) == 1 + WINDOWS and all(isinstance(part, dict) for part in parts)
 
 
 def run_cells(
@@ -263,7 +281,7 @@ def run_cells(
     """Make every run that is not there; whether all are.
 
     stop: asked after each clip; the run in hand is given up then.
-    Raises: NonFiniteError naming the clip; StorageError.
+    Raises: NonFiniteError naming the run; CheckpointError; StorageError.
     """
     missing = [r for r in runs(settings) if not is_done(folder, r, settings)]
     reference = Run(REFERENCE, 0)
@@ -280,7 +298,8 @@ def run_cells(
         if stop():
             return False
         began, parts = time.monotonic(), []
-        for frames in sample(bundle, CELLS[run.cell], run.seed, timelines, settings.steps):
+        clips = sample(bundle, CELLS[run.cell], run.seed, timelines, settings.steps)
+        for frames in _finite(run, clips):
             parts.append(frames)
             done, all_frames = sum(p.shape[1] for p in parts), timelines[0].frames
             rate = len(timelines) * done / (time.monotonic() - began)
@@ -294,6 +313,16 @@ def run_cells(
         rows = _rows([six_parts(video) for video in videos], truth, timelines, outlines)
         _keep(folder, run, timelines, videos, rows)
     return True
+
+
+def _finite(run: Run, clips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    try:
+        yield from clips
+    except NonFiniteError as e:
+        raise NonFiniteError(
+            f"the model's videos of {run.cell}, seed {run.seed}, are not finite; the runs that are "
+            "done are kept; give another --model, and another --folder"
+        ) from e
 
 
 def sample(
@@ -346,10 +375,15 @@ def world_videos(
 ) -> np.ndarray:
     """What the world shows, clip by clip through the autoencoder as a model's clips come out of
     it: uint8 [B, P, SIZE, SIZE, 3].  Kept in the folder.
+
+    Raises: CheckpointError when what is kept there is damaged; StorageError.
     """
     path, frames = folder / WORLD, timelines[0].frames
     if path.exists():
-        return load_arrays(path)[0]["frames"]
+        try:
+            return load_arrays(path)[0]["frames"]
+        except (CheckpointError, KeyError) as e:
+            raise CheckpointError(f"{path} is damaged; remove it to make it again") from e
     made = []
     for timeline in timelines:
         clips = 1 + max(0, -(-(frames - CLIP_FRAMES) // CLIP_STRIDE))

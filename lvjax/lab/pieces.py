@@ -30,6 +30,7 @@ from lvjax.train.state import TrainState, init_state, make_optimizer, split
 MAX_FILES, MAX_BYTES = 4, 16_000_000
 HEADER = 400_000  # kept free in each file for names, checksums and metrics
 FORMAT = "lvjax-pocket-piece/1"
+SKIPPED = ("notfinite_count", "total_notfinite")  # steps, in the state of optax.apply_if_finite
 NAME = re.compile(r"pocket-(\d+)-(\d)of(\d)\.safetensors")
 
 
@@ -210,10 +211,12 @@ def _state(own: dict, like: TrainState, stage, facts: dict) -> TrainState:
     out = {}
     for name, a in tree_arrays(like).items():
         tree, _, rest = name.partition("/")
-        if name == "step" or (tree == "opt" and a.ndim == 0):
+        if name == "step":
             out[name] = np.asarray(facts["step"], a.dtype)
         elif name == "key":
             out[name] = np.asarray(jax.random.key_data(jax.random.key(stage.options.seed)))
+        elif tree == "opt" and a.ndim == 0 and (facts["done"] or name not in own):
+            out[name] = np.asarray(0 if rest in SKIPPED else facts["step"], a.dtype)
         elif facts["done"] or name not in own:
             weights = own.get(f"ema/{rest}")
             out[name] = np.zeros_like(a) if tree == "opt" else weights.astype(a.dtype)

@@ -148,11 +148,26 @@ def newest(folder: Path, stages: tuple[Stage, ...], params, begun=None):
     return params
 
 
+def _like(stage: Stage, params) -> TrainState:
+    """The shapes of a stage's state."""
+    return jax.eval_shape(lambda params: begin(stage, params)[0], params)
+
+
 def _after(stage: Stage, params, folder: Path):
     """The parameters after a stage; of `params` only what it did not move is used."""
-    like = jax.eval_shape(lambda params: begin(stage, params)[0], params)
     with Checkpoints(folder / stage.name) as saved:
-        return joined(saved.restore(like)[0].ema, split(params, stage.frozen)[1])
+        state, _ = saved.restore(_like(stage, params))
+    return joined(state.ema, split(params, stage.frozen)[1])
+
+
+def _placed(stage: Stage, params, folder: Path, place) -> tuple[TrainState, dict]:
+    """`begin` on its devices; the state is shapes alone where a checkpoint has it."""
+    if not is_begun(folder / stage.name):
+        return jax.device_put(begin(stage, params), place)
+    state = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), _like(stage, params)
+    )
+    return state, jax.device_put(split(params, stage.frozen)[1], place)
 
 
 def _stages(stages, params, make_loss, make_batches, run: Run):
@@ -162,9 +177,10 @@ def _stages(stages, params, make_loss, make_batches, run: Run):
     for stage in stages:
         folder, o = Path(run.folder), stage.options
         if not (folder / stage.name / "done").exists():
-            state, fixed = begin(stage, params)
             mesh = make_mesh(data=run.devices)
-            state, fixed = jax.device_put((state, fixed), NamedSharding(mesh, PartitionSpec()))
+            state, fixed = _placed(stage, params, folder, NamedSharding(mesh, PartitionSpec()))
+            stays = split(params, stage.frozen)[1]
+            params = joined(_like(stage, params).params, stays)  # what moves, `fit` has
             state = fit(
                 make_step(make_loss(stage), make_optimizer(o), o),
                 state,
@@ -188,8 +204,10 @@ def train_autoencoder(recipe: Recipe, run: Run, store: ClipStore):
     def loss(stage: Stage):
         return autoencoder_loss(recipe.vae, latent_noise=0.1 if stage.frames > 1 else 0.0)
 
-    params, batches = first_vae(recipe), lambda stage: video_batches(stage, store)
-    return _stages(recipe.autoencoder, params, loss, batches, run)
+    def batches(stage: Stage):
+        return video_batches(stage, store)
+
+    return _stages(recipe.autoencoder, first_vae(recipe), loss, batches, run)
 
 
 def train_decoder(recipe: Recipe, cfg: VAEConfig, run: Run, store: ClipStore, params):
@@ -274,10 +292,9 @@ def train_extension(recipe: Recipe, run: Run, store: ClipStore, latents: np.ndar
     def text(params, ids):
         return encode_text(params["text"], ids, recipe.text)
 
-    params = first_dit(recipe, begun)
     return _stages(
         recipe.extension,
-        params,
+        first_dit(recipe, begun),
         loss,
         lambda stage: latent_batches(stage, latents, store, recipe.stride),
         run,

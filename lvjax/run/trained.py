@@ -6,6 +6,7 @@ copies where the file system cannot do that.
 """
 
 import dataclasses
+import filecmp
 import json
 import os
 import shutil
@@ -15,12 +16,13 @@ import jax
 import numpy as np
 
 from checkpoints_convert.export_lora import lora_arrays, write_lora
-from lvjax.core.checkpoint import Stored, save_arrays, sealed, write_atomic
+from lvjax.core.checkpoint import BLOCK, Stored, atomic, save_arrays, sealed, write_atomic
+from lvjax.core.errors import StorageError
 from lvjax.core.params import flatten
 from lvjax.data.latents import Layout
 from lvjax.models.lora import as_lora
 from lvjax.models.pocket_text import PocketTextConfig
-from lvjax.run.bundle import MODEL, OWN, TOKENIZER, Bundle
+from lvjax.run.bundle import MODEL, OWN, TOKENIZER, Bundle, part_places
 from lvjax.run.defaults import Defaults
 from lvjax.run.training import Open
 from lvjax.train.state import TrainState, joined
@@ -97,20 +99,44 @@ def _suffix(path: Path) -> str:
 
 
 def _link(stored: Stored, to: Path) -> None:
-    """Another name of a part's file, or a copy of it."""
-    if to.exists():
-        return
-    if stored.path.is_dir():
-        shutil.copytree(stored.path, to, copy_function=_same)
-    else:
+    """Another name of a part's file or folder, or a copy, in place of what is there."""
+    for other in part_places(to.parent, to.stem):
+        if other != to:  # the part of another model, in the other format
+            _remove(other)
+    if not stored.path.is_dir():
         _same(stored.path, to)
+        return
+    files = {p.relative_to(stored.path) for p in stored.path.rglob("*") if p.is_file()}
+    for path in [p for p in to.rglob("*") if p.is_file() and p.relative_to(to) not in files]:
+        _remove(path)
+    for name in sorted(files):
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        _same(stored.path / name, to / name)
 
 
-def _same(old, new) -> None:
+def _same(old: Path, new: Path) -> None:
+    """The file `old` under another name, or a copy of it: whole or not at all.
+
+    Raises: StorageError.
+    """
+    old, beside = Path(os.path.realpath(old)), new.with_name(f".{new.name}.tmp")
     try:
-        os.link(os.path.realpath(old), new)
-    except OSError:
-        shutil.copyfile(old, new)
+        if new.exists() and (new.samefile(old) or filecmp.cmp(old, new, shallow=False)):
+            return
+        beside.unlink(missing_ok=True)
+        try:
+            os.link(old, beside)
+        except OSError:  # another file system, or one without links
+            with open(old, "rb") as source, atomic(new) as copy:
+                shutil.copyfileobj(source, copy, BLOCK)
+        else:
+            os.replace(beside, new)
+    except OSError as e:
+        raise StorageError(f"cannot write {new}: {e.strerror or e}; free space there") from e
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _describe(place: Path, model: Bundle) -> None:
@@ -121,5 +147,5 @@ def _describe(place: Path, model: Bundle) -> None:
         return
     write_atomic(place / MODEL, sealed(head))
     tokenizer = model.folder / TOKENIZER
-    if tokenizer.is_file() and not (place / TOKENIZER).exists():
+    if tokenizer.is_file():
         _same(tokenizer, place / TOKENIZER)

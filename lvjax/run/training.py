@@ -12,7 +12,7 @@ Does not own: losses, steps and checkpoints (lvjax/train), what is written at th
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -223,6 +223,11 @@ def begin(opened: Open):
     return jax.device_put(state, _places(opened, state)), fixed
 
 
+def begin_fixed(opened: Open):
+    """What does not move, as `begin` gives it, for a run whose state is in a checkpoint."""
+    return unflatten(_read(opened, opened.fixed))
+
+
 def shapes(opened: Open):
     """(state, fixed) as `begin` gives them, without any array."""
     kinds = {
@@ -265,12 +270,14 @@ def _dtype(opened: Open, path: str):
     return np.dtype(jnp.bfloat16) if np.dtype(slot.dtype).itemsize == 2 else np.dtype(np.float32)
 
 
-def _read(opened: Open) -> dict:
-    """Every parameter, on its devices: of the model, or new."""
+def _read(opened: Open, wanted: Collection[str] | None = None) -> dict:
+    """Every parameter, on its devices: of the model, or new.  wanted: the paths of only some."""
     found, key = {}, jax.random.key(_seed(opened))
     for (path, param), place in zip(
         flatten(opened.spec).items(), _layout(opened).values(), strict=True
     ):
+        if wanted is not None and path not in wanted:
+            continue
         part, _, name = path.partition("/")
         if name in opened.bundle.parts[part].slots:
             array = opened.bundle.parts[part][name]

@@ -7,27 +7,39 @@ key), laid out over the devices of a mesh as it is, and one JSON file: where the
 checksum of every array, because Orbax notices no damage in them.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from lvjax.core.digest import digests
-from lvjax.core.errors import CheckpointError, StorageError
+from lvjax.core.errors import CheckpointError, not_stored
 from lvjax.train.state import TrainState
 
 FORMAT = "lvjax-train/1"
 CHECKPOINTS = "checkpoints"  # in the folder of a run
 BAD = (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 """What Orbax may end with where its own small files are damaged, or of another tree."""
+REMEDY = "free space or choose another folder"
 KEPT = 2  # the newest, and one to go back to
 
 
 def is_begun(folder) -> bool:
     """Whether a run has saved a state in `folder`."""
     return any(path.name.isdecimal() for path in Path(folder, CHECKPOINTS).glob("*"))
+
+
+def disk_bytes(state) -> int:
+    """What the checkpoints of a run take at most, those that are kept and the one being written.
+
+    state: its arrays, or their shapes.
+    """
+    leaves = jax.tree.leaves(state)
+    return (KEPT + 1) * sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in leaves)
 
 
 class Checkpoints:
@@ -42,7 +54,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as e:
-            raise _full(self.folder, e) from e
+            raise not_stored(f"save a checkpoint in {self.folder}", e, REMEDY) from e
 
     def __enter__(self):
         return self
@@ -74,7 +86,7 @@ class Checkpoints:
                 force=True,
             )
         except (OSError, ValueError) as e:  # tensorstore reports a full disk as a ValueError
-            raise _full(self.folder, e) from e
+            raise not_stored(f"save a checkpoint in {self.folder}", e, REMEDY) from e
 
     def restore(self, like: Any) -> tuple[TrainState, dict]:
         """The newest state, and the position of its data.
@@ -122,10 +134,3 @@ def _abstract(like):
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
 
     return jax.tree.map(leaf, like)
-
-
-def _full(folder: Path, e: Exception) -> StorageError:
-    why = getattr(e, "strerror", None) or _first_line(e)
-    return StorageError(
-        f"cannot save a checkpoint in {folder}: {why}; free space or choose another folder"
-    )

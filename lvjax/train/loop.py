@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ import jax
 from lvjax.core.checkpoint import write_atomic
 from lvjax.core.errors import InputError, NonFiniteError
 from lvjax.core.mesh import shard_batch
-from lvjax.core.signals import stoppable
+from lvjax.core.signals import Stop, interruptible, stoppable
 from lvjax.train.checkpoints import Checkpoints
 from lvjax.train.state import IN_A_ROW, TrainOptions, TrainState
 
@@ -109,7 +109,8 @@ class Outside:
     """What happens beside training.
 
     seconds: at most this long.  report: called with every logged line.  sample: called with the
-    state every `sample_every` steps.  tensorboard: see `Metrics`.
+    state every `sample_every` steps, when it is saved; outside the mesh, whatever `fit` trains on.
+    tensorboard: see `Metrics`.
     """
 
     seconds: float = math.inf
@@ -131,67 +132,95 @@ def fit(
 ) -> TrainState:
     """Train to `o.steps` from the newest checkpoint in `folder`, else from `state`.
 
-    step: of `make_step`.  state, fixed: where they are to be, on the mesh.  mesh: None for one
-      device.
-    SIGINT and SIGTERM wait for the step in flight and a checkpoint, then take their course.
+    step: of `make_step`.  state, fixed: where they are to be, on the mesh; with a checkpoint the
+      state is better `jax.ShapeDtypeStruct`s with shardings, or there are two in memory.
+    mesh: None for one device.
+    SIGINT and SIGTERM wait for the step in flight and a checkpoint, then take their course; a
+      sample they end at once.  A second SIGINT interrupts the step too, and nothing is saved.
     Raises: NonFiniteError when the loss or a gradient is not finite; the last checkpoint stays.
       CheckpointError, StorageError as `Checkpoints`.
     """
-    outside, fixed = outside or Outside(), {} if fixed is None else fixed
-    folder = Path(folder)
-    inside = nullcontext() if mesh is None else jax.set_mesh(mesh)
-    with Checkpoints(folder) as saved, inside, stoppable() as stop:
+    outside, fixed, folder = outside or Outside(), {} if fixed is None else fixed, Path(folder)
+    with Checkpoints(folder) as saved, stoppable() as stop:
         if saved.newest is not None:
             state, position = saved.restore(state)
             feed.seek(position)
-        metrics = Metrics(folder, int(state.step), outside.tensorboard)
-        start = kept = mark = time.monotonic()
         n = first = int(state.step)
-        values = {}
-        while n < o.steps and time.monotonic() - start < outside.seconds:
-            batch = next(feed)
-            batch = batch if mesh is None else shard_batch(batch, mesh)
-            state, values = step(state, fixed, batch)
-            n += 1
-            if n % o.log_every == 0 or n == o.steps:
-                line, now = _finite(values, n, saved), time.monotonic()
-                line = {"seconds_per_step": (now - mark) / (n - first), **line}
-                mark, first = now, n
-                metrics.write(n, **line)
-                outside.report({"step": n, **line})
-            if stop.signal is not None:
-                break
-            if time.monotonic() - kept > o.save_every:
-                _finite(values, n, saved)
-                saved.save(state, feed.position())
-                kept = time.monotonic()
-            if o.sample_every and n % o.sample_every == 0:
-                outside.sample(state)
-        if values:
-            _finite(values, n, saved)
-        saved.save(state, feed.position())
-        metrics.close()
+        look, step, values = _Looks(n, saved), _over(mesh, step), {}
+        with closing(Metrics(folder, n, outside.tensorboard)) as metrics:
+            start = kept = mark = time.monotonic()
+            while n < o.steps and time.monotonic() - start < outside.seconds:
+                state, values = step(state, fixed, next(feed))
+                n += 1
+                if n % o.log_every == 0 or n == o.steps:
+                    line, now = look(values, n), time.monotonic()
+                    line = {"seconds_per_step": (now - mark) / (n - first), **line}
+                    mark, first = now, n
+                    metrics.write(n, **line)
+                    outside.report({"step": n, **line})
+                sample = o.sample_every and n % o.sample_every == 0
+                if stop.signal is None and (time.monotonic() - kept > o.save_every or sample):
+                    look(values, n)
+                    saved.save(state, feed.position())
+                    kept = time.monotonic()
+                if sample:
+                    _sample(outside.sample, state, stop)
+                if stop.signal is not None:
+                    break
+            if values:
+                look(values, n)
+            saved.save(state, feed.position())
     if stop.signal is not None:
         signal.raise_signal(stop.signal)
     return state
 
 
-def _finite(values: dict, step: int, saved: Checkpoints) -> dict[str, float]:
-    """The metrics of a step as floats; the gradient norm among them is finite only if all is.
+def _over(mesh, step: Callable) -> Callable:
+    """The step for a batch on the host; only it sees the mesh, and no sample does."""
 
-    With "skip" they are not finite in a step that was left out, and that is no error until the
-    optimiser gives up.
-    """
-    values = {k: float(v) for k, v in values.items()}
-    wrong = {k: v for k, v in values.items() if not math.isfinite(v)}
-    if wrong and not values.get("in_a_row", math.inf) <= IN_A_ROW:
-        name = "loss" if "loss" in wrong else min(wrong)
-        there = (
-            "there is no checkpoint yet"
-            if saved.newest is None
-            else (f"it resumes from step {saved.newest} in {saved.folder}")
+    def spread(state: TrainState, fixed, batch):
+        with jax.set_mesh(mesh):
+            return step(state, fixed, shard_batch(batch, mesh))
+
+    return step if mesh is None else spread
+
+
+def _sample(sample: Callable[[TrainState], None], state: TrainState, stop: Stop) -> None:
+    """Make a sample of a state that is saved, unless a signal came, and until one comes."""
+    try:
+        with interruptible():
+            if stop.signal is None:
+                sample(state)
+    except KeyboardInterrupt as e:
+        stop.signal = e.args[0] if e.args else signal.SIGINT
+
+
+class _Looks:
+    """The metrics of those steps that are looked at; the others cost no wait for the device."""
+
+    def __init__(self, step: int, saved: Checkpoints):
+        self._seen, self._saved = step, saved
+
+    def __call__(self, values: dict, step: int) -> dict[str, float]:
+        """As floats; the gradient norm among them is finite only if all is.
+
+        With "skip" they are not finite in a step that was left out, and that is no error until the
+        optimiser gives up.
+        Raises: NonFiniteError.
+        """
+        values = {k: float(v) for k, v in values.items()}
+        wrong = {k: v for k, v in values.items() if not math.isfinite(v)}
+        if wrong and not values.get("in_a_row", math.inf) <= IN_A_ROW:
+            raise NonFiniteError(self._words(wrong, step))
+        self._seen = step
+        return {k: v for k, v in values.items() if k not in wrong}
+
+    def _words(self, wrong: dict[str, float], step: int) -> str:
+        name, newest = "loss" if "loss" in wrong else min(wrong), self._saved.newest
+        since = f", none since {self._seen} was looked at" if self._seen < step - 1 else ""
+        there = f"it resumes from step {newest} in {self._saved.folder}"
+        there = "there is no checkpoint yet" if newest is None else there
+        return (
+            f"{name} is {wrong[name]} at step {step}{since}; lower the learning rate and rerun: "
+            f"{there}"
         )
-        raise NonFiniteError(
-            f"step {step}: {name} is {wrong[name]}; lower the learning rate and rerun: {there}"
-        )
-    return {k: v for k, v in values.items() if k not in wrong}

@@ -71,11 +71,14 @@ def said(capsys) -> str:
 
 
 @pytest.mark.parametrize(
-    "number, code",
-    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143)],
+    ("number", "code", "all_stages"),
+    [
+        pytest.param(signal.SIGINT, 130, True, marks=pytest.mark.long),
+        (signal.SIGTERM, 143, False),
+    ],
 )
 def test_a_signal_saves_the_step_in_flight_and_the_run_goes_on(
-    command, tmp_path, capsys, monkeypatch, number, code
+    command, tmp_path, capsys, monkeypatch, number, code, all_stages
 ):
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr(train, "_report", lambda stage, line: signal.raise_signal(number))
@@ -84,10 +87,26 @@ def test_a_signal_saves_the_step_in_flight_and_the_run_goes_on(
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     assert not list((tmp_path / "run").glob("*.lock"))
     monkeypatch.undo()
+    if not all_stages:  # the time is up after the first
+        monkeypatch.setattr(train.pocket, "encode_store", lambda *_: None)
     assert main(command()) == 0
-    assert steps(tmp_path / "run") == dict.fromkeys(STAGES, 2)
+    done = STAGES if all_stages else STAGES[:1]
+    assert steps(tmp_path / "run") == dict.fromkeys(done, 2)
     lines = (tmp_path / "run" / "vae_image" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(x)["step"] for x in lines] == [1, 2]
+
+
+def test_a_second_interrupt_does_not_say_that_the_step_is_saved(
+    command, tmp_path, capsys, monkeypatch
+):
+    def twice(stage, line):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train, "_report", twice)
+    assert main(command()) == 130
+    assert "goes on from what is saved in" in said(capsys)
+    assert steps(tmp_path / "run") == {}
 
 
 def test_a_signal_while_clips_are_rendered_ends_at_once(command, capsys, monkeypatch):

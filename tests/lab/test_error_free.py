@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 
-from lvjax.core.errors import CheckpointError, InputError
+from lvjax.core.errors import CheckpointError, InputError, NonFiniteError
 from lvjax.lab import error_free as lab
 from lvjax.lab.measure import measure
 from lvjax.lab.metrics import six_windows
@@ -82,6 +82,18 @@ def test_what_is_missing_is_made_again_and_the_report_has_the_same_bytes(bundle,
     assert figures["rows"]["full"][0]["whole"]["sharpness"] > 1
 
 
+def test_a_model_that_is_not_finite_is_named_by_its_run(bundle, tmp_path, monkeypatch):
+    bundle, _ = bundle
+
+    def sample(*_):
+        raise NonFiniteError("latents of clip 0 are not finite")
+        yield
+
+    monkeypatch.setattr(lab, "sample", sample)
+    with pytest.raises(NonFiniteError, match="of full, seed 100, are not finite; the runs"):
+        lab.run_cells(bundle, SMALL, tmp_path)
+
+
 def test_a_run_that_is_stopped_leaves_nothing_of_itself(bundle, tmp_path):
     bundle, calls = bundle
     lab.claim(bundle, SMALL, tmp_path)
@@ -147,12 +159,33 @@ def test_every_default_that_decides_figures_is_refused_when_it_changes(tmp_path)
 
 
 @pytest.mark.parametrize(
+    "rows", [None, [], [{}] * 2, [None] * 2, [{"whole": {}, "windows": [{}] * 5}] * 2], ids=str
+)
+def test_figures_that_are_none_are_refused(rows, tmp_path):
+    run = lab.Run("full", 100)
+    (tmp_path / "full").mkdir()
+    run.figures(tmp_path).write_text(json.dumps({"rows": rows}))
+    with pytest.raises(CheckpointError, match="remove it"):
+        lab.rows_of(tmp_path, run, SMALL)
+
+
+@pytest.mark.parametrize("change", [{"seeds": "2"}, {"seconds": None}, {"cells": ["fill"]}, {}])
+def test_settings_that_are_none_are_refused(change, tmp_path):
+    said = dataclasses.asdict(SMALL) | change if change else {}
+    (tmp_path / lab.SETTINGS).write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match="another version"):
+        lab.settings_in(tmp_path)
+
+
+@pytest.mark.parametrize(
     "change, words",
     [
         ({"cells": ("fill",)}, "the cell is"),
         ({"cells": ()}, "the cell is"),
         ({"seeds": 0}, "seeds is 0"),
+        ({"seeds": 10**12}, "seeds is 10"),
         ({"timelines": 0}, "timelines is 0"),
+        ({"steps": 0}, "steps is 0"),
         ({"seconds": 2}, "seconds is 2"),
         ({"seconds": -1}, "seconds is -1"),
     ],
@@ -212,6 +245,9 @@ def test_the_worlds_own_video_is_cut_into_clips_and_put_together_again(tmp_path)
         made[:, :5], truth[:, :5] // 2
     )
     assert np.array_equal(lab.world_videos(tmp_path, timelines, None), made)
+    os.truncate(tmp_path / lab.WORLD, 10_000)
+    with pytest.raises(CheckpointError, match="remove it to make it again"):
+        lab.world_videos(tmp_path, timelines, None)
 
 
 def test_a_row_tells_a_place_that_changes_and_when():

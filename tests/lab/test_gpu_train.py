@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make gpu-train`, tiny: pieces that go on where the one before stopped, within their limits."""
 
+import dataclasses
 import itertools
 import json
 import types
@@ -12,7 +13,7 @@ import pytest
 
 from lvjax.core.checkpoint import save_arrays, tree_arrays
 from lvjax.core.errors import InputError
-from lvjax.core.params import abstract, flatten
+from lvjax.core.params import Param, abstract, flatten
 from lvjax.data.clips import ClipStore
 from lvjax.lab import gpu_train, pieces, pocket
 from lvjax.lab.recipe import Recipe
@@ -119,6 +120,25 @@ def test_every_level_comes_back(tmp_path, monkeypatch, level):
         rounding = kept.moments if tree == "opt" else kept.weights
         error = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}[rounding]
         np.testing.assert_allclose(found[name], a, rtol=error, atol=1e-7 if error else 0)
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_steps_that_were_skipped_are_no_steps(done):
+    stage = TINY.autoencoder[0]
+    stage = dataclasses.replace(stage, options=dataclasses.replace(stage.options, nonfinite="skip"))
+    group = pieces.Group("vae", (stage,), {"w": Param((2,), (None,))})
+    like = pieces._like(group, stage)
+    own = {"params/w": np.ones(2), "ema/w": np.ones(2)}
+    counters = {"opt/notfinite_count": 1, "opt/total_notfinite": 3}
+    if not done:
+        own |= {k: a for k, a in tree_arrays(like).items() if k.startswith("opt/")}
+        own |= {k: np.int32(n) for k, n in counters.items()}
+    found = tree_arrays(pieces._state(own, like, stage, {"step": 9, "done": done}))
+    assert found["step"] == 9
+    for name, count in counters.items():
+        assert found[name] == (0 if done else count)
+    schedule = [n for n in found if n.endswith("count") and n not in counters and "total" not in n]
+    assert schedule and all(found[n] == (9 if done else 0) for n in schedule)
 
 
 def test_what_does_not_fit_is_rounded_then_refused(monkeypatch):

@@ -19,6 +19,7 @@ from lvjax.models import lora as module
 from lvjax.models.dit import dit, dit_spec, embed_context
 from lvjax.models.lora import Delta, Lora, LowRank, attach, detach, merge
 from lvjax.nn.linear import linear
+from tests.full import QUICK
 from tests.tiny import SMALL_DIT as CFG
 from tests.tiny import relative
 
@@ -156,8 +157,11 @@ def silenced(lora):
 def test_zero_is_the_identity(memory):
     plain = forward(base(), memory)
     for loras in ([(silenced(lora), 1.0) for lora, _ in TWO], [(lora, 0) for lora, _ in TWO]):
-        for change in (attach, merge):
-            np.testing.assert_array_equal(forward(change(base(), loras), memory), plain)
+        np.testing.assert_array_equal(forward(merge(base(), loras), memory), plain)
+        beside = forward(attach(base(), loras), memory)
+        assert relative(beside, plain) < 1e-6
+        if not QUICK:  # another program, which the quick suite's compiler rounds otherwise
+            np.testing.assert_array_equal(beside, plain)
 
 
 def test_order_matters_only_to_rounding():

@@ -24,7 +24,6 @@ from lvjax.run.request import Request
 from lvjax.run.session import open_session
 from lvjax.run.state import save_state
 from lvjax.run.weights import load, save
-from tests.full import full_compiler  # noqa: F401
 from tests.tiny import tiny_bundle
 
 CLIP = ClipWork(latents=5, passes=15, encoded=2, kept=30, layers=(2, 4))

@@ -31,10 +31,12 @@ def batch(n):
 
 def main(folder: str, steps: int) -> None:
     enable_compilation_cache()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # it starts many times
     o = TrainOptions(steps, 1e-3, 2, log_every=1, save_every=0.05)
     optimizer = make_optimizer(o)
     loss = extension_loss(DIT, lambda params, rows: rows, ExtensionTask())
-    state = init_state({"dit": drawn(dit_spec(DIT), 0)}, optimizer, seed=3)
+    begin = jax.jit(lambda params: init_state(params, optimizer, seed=3))
+    state = begin({"dit": drawn(dit_spec(DIT), 0)})
     print("ready", flush=True)
     with interruptible():
         state = fit(make_step(loss, optimizer, o), state, Indexed(batch), o, folder)

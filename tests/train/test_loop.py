@@ -5,6 +5,7 @@ import gc
 import json
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,8 @@ from lvjax.core.mesh import make_mesh
 from lvjax.core.signals import interruptible
 from lvjax.models.vae import vae_spec
 from lvjax.train.autoencoder import autoencoder_loss, inflate
-from lvjax.train.checkpoints import Checkpoints
-from lvjax.train.loop import Indexed, fit
+from lvjax.train.checkpoints import KEPT, Checkpoints, disk_bytes, is_begun
+from lvjax.train.loop import METRICS, Indexed, Outside, fit
 from lvjax.train.state import TrainOptions, init_state, joined, make_optimizer, make_step, split
 from tests.drawn import drawn
 from tests.tiny import VAE
@@ -42,20 +43,25 @@ def start():
     return make_step(loss, optimizer, OPTIONS), init_state({"w": jnp.zeros((4, 4))}, optimizer)
 
 
+def stopping_at(cut: int):
+    """The batches up to one at which training is interrupted."""
+
+    def batch(n):
+        if n == cut:
+            raise KeyboardInterrupt
+        return batches(n)
+
+    return batch
+
+
 def test_a_run_cut_anywhere_equals_the_uninterrupted_one(tmp_path):
     step, state = start()
     whole = fit(step, state, Indexed(batches), OPTIONS, tmp_path / "whole")
     for cut in (1, 4, 11):
         folder = tmp_path / f"cut{cut}"
-
-        def stopping(n, cut=cut):
-            if n == cut:
-                raise KeyboardInterrupt
-            return batches(n)
-
         step, state = start()
         with pytest.raises(KeyboardInterrupt):
-            fit(step, state, Indexed(stopping), OPTIONS, folder)
+            fit(step, state, Indexed(stopping_at(cut)), OPTIONS, folder)
         step, state = start()
         again = fit(step, state, Indexed(batches), OPTIONS, folder)
         jax.tree.map(np.testing.assert_array_equal, again, whole)
@@ -124,7 +130,7 @@ def test_eight_devices_give_the_curve_of_one(tmp_path, shape):
 
 def test_nan_stops_and_the_snapshot_stays(tmp_path):
     step, state = start()
-    with pytest.raises(NonFiniteError, match="step 5"):
+    with pytest.raises(NonFiniteError, match="nan at step 5; lower"):
         fit(
             step,
             state,
@@ -138,6 +144,144 @@ def test_nan_stops_and_the_snapshot_stays(tmp_path):
     assert kept.step == 4 and all(np.isfinite(a).all() for a in jax.tree.leaves(kept.params))
     step, state = start()
     assert fit(step, state, Indexed(batches), OPTIONS, tmp_path).step == OPTIONS.steps
+
+
+def test_nan_that_is_noticed_late_says_so(tmp_path):
+    step, state = start()
+    o = replace(OPTIONS, save_every=60.0, log_every=4)
+    feed = Indexed(lambda n: batches(n) * (np.nan if n == 5 else 1))
+    with pytest.raises(NonFiniteError, match="loss is nan at step 8, none since 4 was looked at"):
+        fit(step, state, feed, o, tmp_path)
+
+
+SKIP = replace(OPTIONS, nonfinite="skip", save_every=60.0, log_every=1)
+
+
+def skipping(folder, wrong, stop=None, steps=SKIP.steps):
+    """Train with these batches not finite, at most until batch `stop`; the state."""
+
+    def batch(n):
+        if n == stop:
+            raise KeyboardInterrupt
+        return batches(n) * (np.nan if n in wrong else 1)
+
+    o = replace(SKIP, steps=steps, save_every=60.0 if stop is None else 0.0)
+    optimizer = make_optimizer(o)
+    state = init_state({"w": jnp.zeros((4, 4))}, optimizer)
+    return fit(make_step(loss, optimizer, o), state, Indexed(batch), o, folder)
+
+
+def test_skip_leaves_steps_out_and_goes_on_as_it_was(tmp_path):
+    whole = skipping(tmp_path / "whole", {2, 3, 7})
+    assert int(whole.opt.total_notfinite) == 3 and np.isfinite(whole.params["w"]).all()
+    lines = [json.loads(x) for x in (tmp_path / "whole" / METRICS).read_text().splitlines()]
+    assert [x["step"] for x in lines if "loss" not in x] == [3, 4, 8]
+    assert [x["in_a_row"] for x in lines[2:5]] == [1, 2, 0] and lines[-1]["skipped"] == 3
+    with pytest.raises(KeyboardInterrupt):  # between the two that are left out
+        skipping(tmp_path / "cut", {2, 3, 7}, stop=3)
+    again = skipping(tmp_path / "cut", {2, 3, 7})
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+
+
+def test_a_step_that_is_skipped_moves_nothing():
+    optimizer = make_optimizer(SKIP)
+    step, state = make_step(loss, optimizer, SKIP), init_state({"w": jnp.ones((4, 4))}, optimizer)
+    for n in range(3):
+        state, _ = step(state, {}, batches(n))
+    before = np.asarray(state.params["w"])
+    state, _ = step(state, {}, batches(3) * np.nan)
+    np.testing.assert_array_equal(state.params["w"], before)
+    state, _ = step(state, {}, batches(4))
+    assert (state.params["w"] != before).any()
+
+
+def test_skip_gives_up_after_ten_in_a_row(tmp_path):
+    with pytest.raises(NonFiniteError, match="nan at step 13; lower"):
+        skipping(tmp_path, set(range(2, 30)), steps=30)
+    assert skipping(tmp_path / "ten", set(range(2, 12)), steps=14).step == 14
+
+
+def test_a_sample_sees_no_mesh_and_a_saved_state(tmp_path):
+    seen, o = [], replace(OPTIONS, save_every=60.0, sample_every=4)
+
+    def sample(state):
+        assert jax.sharding.get_abstract_mesh().empty
+        seen.append((int(state.step), is_begun(tmp_path) and newest()))
+
+    def newest():
+        return max(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+
+    step, state = start()
+    fit(
+        step,
+        state,
+        Indexed(batches),
+        o,
+        tmp_path,
+        mesh=make_mesh(2),
+        outside=Outside(sample=sample),
+    )
+    assert seen == [(4, 4), (8, 8), (12, 12)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_sample_at_once_and_no_step_follows(tmp_path, number):
+    def sample(state):
+        signal.raise_signal(number)
+        raise AssertionError("not reached")
+
+    step, state = start()
+    o = replace(OPTIONS, save_every=60.0, sample_every=4)
+    with interruptible(), pytest.raises(KeyboardInterrupt) as e:
+        fit(step, state, Indexed(batches), o, tmp_path, outside=Outside(sample=sample))
+    assert e.value.args == (number,)
+    with Checkpoints(tmp_path) as saved:
+        assert saved.newest == 4
+
+
+def test_a_signal_before_a_sample_leaves_it_out(tmp_path):
+    def report(line):
+        signal.raise_signal(signal.SIGTERM)
+
+    def sample(state):
+        raise AssertionError("not reached")
+
+    step, state = start()
+    o = replace(OPTIONS, save_every=60.0, sample_every=3)
+    with interruptible(), pytest.raises(KeyboardInterrupt):
+        fit(
+            step,
+            state,
+            Indexed(batches),
+            o,
+            tmp_path,
+            outside=Outside(report=report, sample=sample),
+        )
+    with Checkpoints(tmp_path) as saved:
+        assert saved.newest == 3
+
+
+def test_shapes_are_enough_to_go_on(tmp_path):
+    step, state = start()
+    o = replace(OPTIONS, save_every=60.0)
+    whole = fit(step, state, Indexed(batches), o, tmp_path / "whole")
+    step, state = start()
+    like = jax.eval_shape(lambda: start()[1])
+    with pytest.raises(KeyboardInterrupt):
+        fit(step, state, Indexed(stopping_at(5)), OPTIONS, tmp_path / "cut")
+    again = fit(step, like, Indexed(batches), o, tmp_path / "cut")
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+
+
+def test_the_disk_that_is_planned_is_what_checkpoints_take(tmp_path):
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.standard_normal((500, 400)), jnp.float32)}
+    state = init_state(params, make_optimizer(OPTIONS))
+    state = state.replace(opt=jax.tree.map(lambda a: a + a.dtype.type(1), state.opt))
+    with Checkpoints(tmp_path) as saved:
+        saved.save(state)
+    took = sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file())
+    assert 0.4 < took * (KEPT + 1) / disk_bytes(state) < 1.05
 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path):

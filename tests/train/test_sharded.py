@@ -3,7 +3,11 @@
 goes on from its checkpoint on another mesh.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,7 +17,14 @@ from lvjax.core.mesh import make_mesh, shard_batch, shardings
 from lvjax.models.dit import dit_spec
 from lvjax.train.checkpoints import Checkpoints
 from lvjax.train.extension import ExtensionTask, extension_loss
-from lvjax.train.state import TrainOptions, init_state, make_optimizer, make_step, state_shardings
+from lvjax.train.state import (
+    TrainOptions,
+    TrainState,
+    init_state,
+    make_optimizer,
+    make_step,
+    state_shardings,
+)
 from tests.drawn import drawn
 from tests.tiny import DIT, relative
 
@@ -41,65 +52,72 @@ def begin(mesh):
     return jax.device_put(state, state_shardings(state, shardings(SPEC, mesh), mesh))
 
 
-def new_step():
-    loss = extension_loss(DIT, lambda params, rows: rows, TASK)
-    return make_step(loss, make_optimizer(OPTIONS), OPTIONS)
+LOSS = extension_loss(DIT, lambda params, rows: rows, TASK)
 
 
-def train(mesh, state, first=0):
-    step = make_step(
-        extension_loss(DIT, lambda params, rows: rows, TASK), make_optimizer(OPTIONS), OPTIONS
-    )
+class Trained(NamedTuple):
+    """step: compiled.  folder: of the checkpoint after two steps.  state: the last."""
+
+    step: Callable
+    folder: Path
+    state: TrainState
+    losses: list[float]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The training run over a mesh, by its shape."""
+
+    @cache
+    def run(shape):
+        mesh, folder = make_mesh(*shape), tmp_path_factory.mktemp("run")
+        step = make_step(LOSS, make_optimizer(OPTIONS), OPTIONS)
+        state, losses = train(step, mesh, begin(mesh), range(2))
+        with Checkpoints(folder) as saved:
+            saved.save(state, {"batch": 2})
+        state, more = train(step, mesh, state, range(2, STEPS))
+        return Trained(step, folder, state, losses + more)
+
+    return run
+
+
+def train(step, mesh, state, batches):
     losses = []
     with jax.set_mesh(mesh):
-        for n in range(first, STEPS):
+        for n in batches:
             state, metrics = step(state, {}, shard_batch(batch(n), mesh))
             losses.append(float(metrics["loss"]))
     return state, losses
 
 
-@pytest.fixture(scope="module")
-def one():
-    return train(make_mesh(), begin(make_mesh()))
-
-
+ONE, ALL = (1, 1, 1), (2, 2, 2)
 LONG = [pytest.param(shape, marks=pytest.mark.long) for shape in ((2, 1, 4), (1, 2, 1))]
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), *LONG], ids=str)
-def test_the_curve_is_that_of_one_device(one, shape):
-    mesh = make_mesh(*shape)
-    state, losses = train(mesh, begin(mesh))
-    np.testing.assert_allclose(losses, one[1], rtol=1e-5)
-    kernel = state.params["dit"]["blocks"]["ffn"]["fc1"]["kernel"]
-    for tree in (state.params, state.ema, state.opt[1][0].mu):
+@pytest.mark.parametrize("shape", [ALL, *LONG], ids=str)
+def test_the_curve_is_that_of_one_device(runs, shape):
+    one, run = runs(ONE), runs(shape)
+    np.testing.assert_allclose(run.losses, one.losses, rtol=1e-5)
+    kernel = run.state.params["dit"]["blocks"]["ffn"]["fc1"]["kernel"]
+    for tree in (run.state.params, run.state.ema, run.state.opt[1][0].mu):
         leaf = tree["dit"]["blocks"]["ffn"]["fc1"]["kernel"]
         assert leaf.addressable_shards[0].data.size * shape[1] == leaf.size
-    assert relative(kernel, one[0].params["dit"]["blocks"]["ffn"]["fc1"]["kernel"]) < 1e-4
+    assert relative(kernel, one.state.params["dit"]["blocks"]["ffn"]["fc1"]["kernel"]) < 1e-4
 
 
 def test_tokens_are_really_spread():
     mesh = make_mesh(1, 1, 4)
-    step = make_step(
-        extension_loss(DIT, lambda params, rows: rows, TASK), make_optimizer(OPTIONS), OPTIONS
-    )
     with jax.set_mesh(mesh):
-        program = step.lower(begin(mesh), {}, shard_batch(batch(0), mesh)).compile().as_text()
+        given = begin(mesh).params, shard_batch(batch(0), mesh), jax.random.key(0)
+        program = jax.jit(LOSS).lower(*given).compile().as_text()
     assert "all-gather" in program  # of keys and values, which every query sees
 
 
-def test_a_checkpoint_goes_on_elsewhere(one, tmp_path):
-    mesh, other = make_mesh(2, 2, 2), make_mesh(1, 2, 1)
-    state = begin(mesh)
-    step = make_step(
-        extension_loss(DIT, lambda params, rows: rows, TASK), make_optimizer(OPTIONS), OPTIONS
-    )
-    with jax.set_mesh(mesh):
-        for n in range(2):
-            state, _ = step(state, {}, shard_batch(batch(n), mesh))
-    with Checkpoints(tmp_path) as saved:
-        saved.save(state, {"batch": 2})
-        state, position = saved.restore(begin(other))
+@pytest.mark.parametrize("there, here", [(ALL, ONE), (ONE, ALL)], ids=str)
+def test_a_checkpoint_goes_on_elsewhere(runs, there, here):
+    mesh = make_mesh(*here)
+    with Checkpoints(runs(there).folder) as saved:
+        state, position = saved.restore(begin(mesh))
     assert position == {"batch": 2} and int(state.step) == 2
-    _, losses = train(other, state, first=2)
-    np.testing.assert_allclose(losses, one[1][2:], rtol=1e-5)
+    _, losses = train(runs(here).step, mesh, state, range(2, STEPS))
+    np.testing.assert_allclose(losses, runs(ONE).losses[2:], rtol=1e-5)

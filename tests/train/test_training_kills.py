@@ -56,10 +56,10 @@ def step_of(folder) -> int:
 
 
 @pytest.mark.parametrize(
-    ("steps", "kills"), [(40, 3), pytest.param(200, 30, marks=pytest.mark.long)]
+    ("steps", "kills"), [(24, 1), pytest.param(200, 30, marks=pytest.mark.long)]
 )
 def test_kills_change_nothing(tmp_path, steps, kills):
-    whole, cut, rng, seen = tmp_path / "whole", tmp_path / "cut", random.Random(0), []
+    whole, cut, rng, seen = tmp_path / "whole", tmp_path / "cut", random.Random(1), []
     said = finish(whole, steps)
     for i in range(kills):
         process = started(cut, steps)
