@@ -19,9 +19,7 @@ from lvjax.core.errors import CheckpointError, InputError
 from lvjax.lab.recipe import KINDS, Recipe
 from lvjax.run.begun import differences
 from lvjax.train.checkpoints import CHECKPOINTS, is_begun
-
-# of a stage's options; steps have a rule of their own
-FREE = ("steps", "learning_rate", "save_every", "log_every")
+from lvjax.train.state import FREE
 
 
 def claim(recipe: Recipe, folder) -> None:

@@ -9,14 +9,12 @@ from pathlib import Path
 from lvjax.core.checkpoint import write_atomic
 from lvjax.core.errors import CheckpointError, InputError
 from lvjax.run.training import Training
+from lvjax.train import state
 from lvjax.train.checkpoints import is_begun
 
 FILE = "training.json"
 FREE = ("mesh", "samples", "sample_seconds", "tensorboard")
-FREE_OPTIONS = ("steps", "learning_rate", "save_every", "log_every", "sample_every")
-"""What may change: what does not touch the steps that are done, and the rate of a run that has
-diverged.
-"""
+"""What may change beside `state.FREE` of the options: what does not touch the steps."""
 
 
 def differences(was, now, name: str = "") -> Iterator[str]:
@@ -55,5 +53,5 @@ def claim(training: Training, folder: Path) -> None:
 def _bound(training: dict) -> dict:
     """What may not change."""
     kept = {k: v for k, v in training.items() if k not in FREE}
-    options = {k: v for k, v in kept["options"].items() if k not in FREE_OPTIONS}
+    options = {k: v for k, v in kept["options"].items() if k not in state.FREE}
     return kept | {"options": options}

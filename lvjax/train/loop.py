@@ -164,7 +164,9 @@ def fit(
                     saved.save(state, feed.position())
                     kept = time.monotonic()
                 if sample:
+                    began = time.monotonic()
                     _sample(outside.sample, state, stop)
+                    mark += time.monotonic() - began  # it is no time of a step
                 if stop.signal is not None:
                     break
             if values:

@@ -86,6 +86,10 @@ class TrainOptions:
         check_fields(self, "options", RANGES)
 
 
+FREE = ("steps", "learning_rate", "save_every", "log_every", "sample_every")
+"""Options that a run may go on with changed: what does not touch the steps that are done, and the
+rate of a run that has diverged."""
+
 IN_A_ROW = 10  # steps that "skip" leaves out before it gives up
 
 
