@@ -324,8 +324,9 @@ def compiled_step(opened: Open, batch) -> tuple[Callable, TrainingPlan]:
     """
     o = opened.training.options
     _check_mesh(opened, batch["latents"].shape)
-    step = make_step(loss_of(opened), make_optimizer(o), o)
     state, fixed = shapes(opened)
+    places = jax.tree.map(lambda a: a.sharding, state)
+    step = make_step(loss_of(opened), make_optimizer(o), o, places)
     rows = jax.sharding.NamedSharding(opened.mesh, jax.sharding.PartitionSpec("data"))
     batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows), batch)
     with jax.set_mesh(opened.mesh):

@@ -164,12 +164,14 @@ def state_shardings(state: TrainState, shardings: dict, mesh) -> TrainState:
 # ---- the step ----------------------------------------------------------------------
 
 
-def make_step(loss: Callable, optimizer, o: TrainOptions) -> Callable:
+def make_step(loss: Callable, optimizer, o: TrainOptions, places=None) -> Callable:
     """One optimiser step, jitted: step(state, fixed, batch) -> (state, metrics); the state is
     donated.
 
     loss(params, batch, key) -> (scalar, {name: scalar}), of the trained and fixed parameters
       joined.  batch: arrays with the rows of the batch first.
+    places: where the arrays of the state lie over a mesh, and are to stay (`state_shardings`);
+      without it the compiler may lay them out anew.
     metrics: those of the loss, "loss" and "grad_norm", float32; with nonfinite="skip" also
       "skipped", steps left out so far, and "in_a_row".
     Raises: InputError for a batch that does not divide into `o.accumulate` parts.
@@ -197,7 +199,9 @@ def make_step(loss: Callable, optimizer, o: TrainOptions) -> Callable:
         ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
         return TrainState(params, ema, opt, state.step + 1, state.key), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if places is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
 
 
 def _accumulated(gradients: Callable, params, fixed, batch, key, parts: int):

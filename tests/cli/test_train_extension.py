@@ -156,6 +156,15 @@ def test_a_signal_ends_a_sample_and_the_run_goes_on_as_if_there_was_none(
     assert len(bytes_held) == 2 and max(bytes_held) < 1.1 * max(whole.held)
 
 
+def test_all_parameters_over_a_mesh_give_the_curve_of_one_device(command, whole, tmp_path):
+    """Also where a run that was stopped goes on, and every array stays where the step wants it."""
+    assert main(command(1, "options.steps=2", "mesh=(2, 2, 2)")) == 0
+    assert main(command(1, "mesh=(2, 2, 2)")) == 0
+    found, one = losses(tmp_path / "run1"), losses(whole.folder)
+    assert found.keys() == one.keys()
+    np.testing.assert_allclose([*found.values()], [*one.values()], rtol=1e-4)
+
+
 @pytest.mark.long
 def test_a_mesh_with_adapters_and_samples_gives_the_curve_of_one_device(command, tmp_path, capsys):
     changes = ("clips=2", "adapters.rank=2", "task.last=0.0", "task.both=0.0")
