@@ -188,7 +188,7 @@ def _fill(training: Training, bundle: Bundle) -> str:
     fill, own = training.task.fill, bundle.defaults.fill
     if not bundle.dit.condition_channels:
         return fill or "latent"
-    if training.adapters is not None and fill not in (None, own):
+    if training.adapters is not None and own in TRAINED_FILLS and fill not in (None, own):
         raise InputError(
             f"task.fill is {fill!r}, {bundle.name} was trained with {own!r}; leave it None"
         )
